@@ -1,0 +1,323 @@
+"""Every setting, once: one dataclass per concern, presets for the known data sets, TOML file < command line.
+
+The defaults are the published method at full resolution (METHOD: 112 x 112 x 80, 6000 iterations). ``resolve``
+builds a configuration in this order, later ones winning: preset, laptop scaling (``downsample``), TOML file, flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from spss_fast.errors import UserError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with the text that ``--help`` shows for it."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class DataSettings:
+    """Which scans, and how they become training volumes."""
+
+    dataset: str = setting("phantom", "data set: la, kits, phantom, or folder (h5 or raw, recognised by its files)")
+    data_dir: str = setting("", "folder of the scans (phantom: written there if empty)")
+    annotations: str = setting("", "CSV of case,slice naming the annotated slices; drawn at random where not given")
+    n_labeled: int = setting(16, "annotated volumes, one slice each: the first ones of the training list")
+    n_test: int = setting(20, "volumes split off for testing where the data set brings no train.list")
+    patch: tuple[int, int, int] = setting((112, 112, 80), "training patch in voxels: height, width, slices")
+    window: tuple[float, float] | None = setting(None, "intensity window mapped to [0, 1] before z-scoring (CT: HU)")
+    body_crop: bool = setting(False, "crop to the body (largest component above -500 HU) before resampling")
+    resample: tuple[int, int, int] | None = setting(None, "voxels that every volume is resampled to; none keeps the grid")
+    max_in_plane: int = setting(0, "centre-crop slices to at most this many voxels a side; 0 keeps them whole")
+    foreground: tuple[int, ...] = setting((), "label values merged into the foreground; empty means every value > 0")
+    downsample: int = setting(1, "shrink volumes, patch and registration labels' morphology by this factor")
+    cache_dir: str = setting("", "where prepared volumes are kept (default: $XDG_CACHE_HOME/spss_fast)")
+    workers: int = setting(0, "processes that prepare volumes; 0 means one per core")
+    phantoms: int = setting(28, "phantom volumes to write when the phantom folder is empty")
+
+
+@dataclass
+class NetworkSettings:
+    """V-Net and its projector."""
+
+    filters: int = setting(16, "channels of the V-Net's first level (8: half width)")
+    dropout: float = setting(0.5, "channel dropout at the bottleneck and before the last convolution")
+
+
+@dataclass
+class RegistrationSettings:
+    """Stage 1 and the registration labels."""
+
+    registration_epochs: int = setting(200, "stage 1: epochs of n_labeled/2 batches")
+    registration_steps: int = setting(10, "Adam steps per batch, in both stages")
+    registration_pairs: int = setting(32, "neighbouring slice pairs per step")
+    registration_lr: float = setting(1e-4, "Adam learning rate of the registration network")
+    similarity: str = setting("mse", "image similarity between warped and fixed slices", choices=("mse", "ncc"))
+    opening: int = setting(5, "width in voxels of the cross that opens registration labels")
+    closing: int = setting(5, "width in voxels of the square that closes far registration labels")
+    far_distance: int = setting(10, "slices from the annotated one beyond which labels are cleaned harder")
+    far_iterations: int = setting(5, "erosions, then dilations, of a far label's opening")
+
+
+@dataclass
+class SelectionSettings:
+    """SU and SC: which voxels and which features to trust."""
+
+    passes: int = setting(8, "Monte-Carlo dropout passes T of the teacher")
+    noise: float = setting(0.1, "standard deviation of the noise on teacher inputs and views")
+    noise_clip: float = setting(0.2, "bound of that noise")
+    lambda_start: float = setting(0.1, "pace threshold at the start of stage 2")
+    lambda_growth: float = setting(1.01, "growth of lambda per epoch")
+    tau_start: float = setting(0.8, "tau at the start of stage 2")
+    tau_growth: float = setting(1.4, "growth of tau every tau_every iterations")
+    tau_every: int = setting(500, "iterations between growths of tau")
+    ramp_every: int = setting(150, "iterations per step of the ramp w(t)")
+    ramp_length: int = setting(40, "steps of the ramp w(t)")
+    ramp_max: float = setting(0.1, "final value of the ramp w(t)")
+    unsupervised_ce: str = setting(
+        "probabilities", "input that the cross entropy of the unsupervised loss takes as logits",
+        choices=("probabilities", "logits"),
+    )
+    negatives: int = setting(50, "prototypes k per class in the contrastive loss")
+    temperature: float = setting(0.07, "temperature of the contrastive loss")
+    contrast: str = setting("bidirectional", "anchors of the contrastive loss", choices=("bidirectional", "unidirectional"))
+
+
+@dataclass
+class TrainingSettings:
+    """Stage 2: the joint iterations."""
+
+    iterations: int = setting(6000, "joint iterations t_max")
+    batch_labeled: int = setting(2, "annotated volumes per batch")
+    batch_unlabeled: int = setting(2, "unlabelled volumes per batch")
+    lr: float = setting(0.01, "SGD learning rate")
+    momentum: float = setting(0.9, "SGD momentum")
+    weight_decay: float = setting(1e-4, "SGD weight decay")
+    lr_every: int = setting(2500, "iterations between learning-rate steps")
+    lr_factor: float = setting(0.1, "factor of a learning-rate step")
+    ema: float = setting(0.99, "upper bound of the teacher's moving-average coefficient")
+    fusion: float = setting(0.9, "final weight of the teacher in the fused labels")
+    fusion_power: float = setting(0.2, "power of the fused labels' schedule")
+    distance_decay: float = setting(0.8, "weight per slice of distance from the annotated one")
+    label_weights: str = setting(
+        "decayed", "voxel weights of the supervised cross entropy: real-valued, or truncated to integers as released",
+        choices=("decayed", "truncated"),
+    )
+    disagreement_from: int = setting(1000, "iteration from which disagreeing voxels weigh more")
+    seed: int = setting(0, "seed of the split, the annotated slices, the weights and the sampling")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    amp: str = setting("auto", "mixed precision", choices=("auto", "bf16", "off"))
+    log_every: int = setting(10, "iterations between rows of metrics.csv")
+    preview_every: int = setting(100, "iterations between preview PNGs")
+    checkpoint_every: int = setting(100, "iterations between checkpoints")
+
+
+SECTIONS = {
+    "data": DataSettings,
+    "network": NetworkSettings,
+    "registration": RegistrationSettings,
+    "selection": SelectionSettings,
+    "training": TrainingSettings,
+}
+
+
+@dataclass
+class Config:
+    """All settings of one run, by concern."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
+    registration: RegistrationSettings = field(default_factory=RegistrationSettings)
+    selection: SelectionSettings = field(default_factory=SelectionSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "la": {"patch": (112, 112, 80), "max_in_plane": 320},
+    "kits": {
+        "patch": (176, 176, 64), "window": (-160.0, 240.0), "body_crop": True, "resample": (192, 192, 64),
+    },
+    # small enough that two CPU cores train it in minutes; same route as kits
+    "phantom": {
+        "patch": (64, 64, 32), "window": (-160.0, 240.0), "body_crop": True, "resample": (64, 64, 32),
+        "n_labeled": 8, "n_test": 8, "filters": 8, "opening": 3, "closing": 3, "far_distance": 5,
+        "iterations": 300, "registration_epochs": 20,
+    },
+    "folder": {"patch": (112, 112, 80)},
+}
+
+
+def _scaled(config: Config) -> None:
+    """Shrink a full-resolution configuration by ``data.downsample`` so that a laptop can train it, in place.
+
+    Lengths in voxels shrink by the factor. A patch side is rounded to the nearest multiple of 16, which the V-Net's
+    four halvings need (ties up: 56 becomes 64). Volumes hold factor^3 fewer voxels and pairs factor^2 fewer pixels,
+    so the joint schedule and the registration's are shortened likewise.
+    """
+    factor = config.data.downsample
+    if factor == 1:
+        return
+    data, registration, training = config.data, config.registration, config.training
+    data.patch = tuple(max(16, 16 * math.floor(side / factor / 16 + 0.5)) for side in data.patch)
+    if data.resample is not None:
+        data.resample = tuple(side // factor for side in data.resample)
+    registration.opening = 2 * round((registration.opening // 2) / factor) + 1
+    registration.closing = 2 * round((registration.closing // 2) / factor) + 1
+    registration.far_distance = max(1, registration.far_distance // factor)
+    registration.registration_epochs = max(1, registration.registration_epochs // factor**2)
+    training.iterations = max(1, training.iterations // factor**3)
+
+
+def _names() -> dict[str, str]:
+    return {item.name: section for section, cls in SECTIONS.items() for item in fields(cls)}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """``value`` as the type that the setting ``name`` declares, or a UserError."""
+    cls = SECTIONS[_names()[name]]
+    hint, item = get_type_hints(cls)[name], next(f for f in fields(cls) if f.name == name)
+    optional = type(None) in get_args(hint)
+    if optional and (value is None or value in ("none", "")):
+        return None
+    if optional:
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    try:
+        if get_origin(hint) is tuple:
+            kinds = get_args(hint)
+            parts = value.replace(",", " ").split() if isinstance(value, str) else list(value)
+            if kinds[-1] is not Ellipsis and len(parts) != len(kinds):
+                raise ValueError(f"needs {len(kinds)} values")
+            return tuple(kinds[0](part) for part in parts)
+        if hint is bool:
+            if isinstance(value, str):
+                value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
+            return bool(value)
+        if hint is int and isinstance(value, float) and value != int(value):
+            raise ValueError("needs a whole number")
+        typed = hint(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"setting {name} = {value!r} is not valid ({item.metadata['help']}): {error}") from error
+    choices = item.metadata.get("choices")
+    if choices and typed not in choices:
+        raise UserError(f"setting {name} = {value!r}: choose one of {', '.join(choices)}")
+    return typed
+
+
+def _assign(config: Config, values: dict[str, Any], origin: str) -> None:
+    names = _names()
+    for name, value in values.items():
+        if name not in names:
+            close = [known for known in names if name in known or known in name]
+            hint = f" (did you mean {', '.join(close)}?)" if close else " (train --help lists them)"
+            raise UserError(f"unknown setting {name} in {origin}{hint}")
+        setattr(getattr(config, names[name]), name, _typed(name, value))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    """Settings of a TOML file by name; tables named after the sections of ``Config`` are flattened."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the settings file {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"the settings file {path} is not valid TOML: {error}") from error
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            if key not in SECTIONS:
+                raise UserError(f"unknown table [{key}] in {path}: use {', '.join(SECTIONS)}, or none")
+            flat.update(value)
+        else:
+            flat[key] = value
+    return flat
+
+
+def resolve(dataset: str, flags: dict[str, Any] | None = None, file: Path | None = None) -> Config:
+    """The configuration of a run: the data set's preset, scaled by ``downsample``, then ``file``, then ``flags``.
+
+    ``flags`` maps setting names to values (strings are converted to the setting's type). Raises ``UserError`` for an
+    unknown setting or data set and for a value that does not fit.
+    """
+    flags = dict(flags or {})
+    from_file = _read_toml(file) if file else {}
+    config = Config()
+    preset = PRESETS.get(dataset)
+    if preset is None:
+        raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(PRESETS)}")
+    _assign(config, preset, f"preset {dataset}")
+    # the scaling comes before the other overrides, so that a file or flag can still set each scaled value itself
+    for origin in (from_file, flags):
+        if "downsample" in origin:
+            config.data.downsample = _typed("downsample", origin["downsample"])
+    if config.data.downsample < 1:
+        raise UserError("setting downsample must be 1 or more")
+    _scaled(config)
+    _assign(config, from_file, str(file))
+    _assign(config, flags, "the command line")
+    config.data.dataset = dataset
+    _check(config)
+    return config
+
+
+def _check(config: Config) -> None:
+    """Values that no type can rule out."""
+    data, training, registration = config.data, config.training, config.registration
+    wrong = [side for side in data.patch if side < 16 or side % 16]
+    if wrong:
+        raise UserError(f"setting patch = {data.patch}: every side must be a multiple of 16 (the V-Net halves it four times)")
+    if data.window is not None and data.window[0] >= data.window[1]:
+        raise UserError(f"setting window = {data.window}: the lower bound must be below the upper")
+    if min(registration.opening, registration.closing) < 1 or registration.opening % 2 == 0 or registration.closing % 2 == 0:
+        raise UserError("settings opening and closing must be odd (1 leaves labels as they are)")
+    for name in ("n_labeled",):
+        if getattr(data, name) < training.batch_labeled:
+            raise UserError(f"setting {name} must be at least batch_labeled = {training.batch_labeled}")
+    for section in (training, registration, config.selection, config.network):
+        for item in fields(section):
+            value = getattr(section, item.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+                raise UserError(f"setting {item.name} = {value} must not be negative")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, for JSON and checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of :func:`to_dict`."""
+    config = Config()
+    _assign(config, {name: value for section in values.values() for name, value in section.items()}, "the run's settings")
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a TOML file that ``resolve`` reads back; settings that are none are left out."""
+
+    def literal(value: Any) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, str):
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        if isinstance(value, tuple):
+            return "[" + ", ".join(literal(part) for part in value) + "]"
+        return repr(value)
+
+    lines = []
+    for section in SECTIONS:
+        lines.append(f"[{section}]")
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            if value is not None:
+                lines.append(f"{name} = {literal(value)}")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The public operators of the method: warping, uncertainty selection, contrastive loss, label propagation, losses."""
