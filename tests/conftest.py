@@ -1,0 +1,37 @@
+"""What tests share: the folder of real scans and reference vectors that lies beside the checkout, where there is one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def vectors():
+    """Loads one file of reference vectors as a dictionary of tensors: ``vectors("warp")``."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        path = SHARED / "vectors" / f"{name}.npz"
+        if not path.exists():
+            pytest.skip(f"reference vectors are absent: {path.name} is not in ../shared/vectors")
+        with np.load(path) as archive:
+            return {key: torch.from_numpy(np.asarray(archive[key])) for key in archive.files
+                    if archive[key].dtype.kind in "biuf"}
+
+    return load
+
+
+@pytest.fixture
+def scans():
+    """The folder of a real data set: ``scans("la_raw")``."""
+
+    def find(name: str) -> Path:
+        path = SHARED / "data" / name
+        if not path.is_dir():
+            pytest.skip(f"real scans are absent: ../shared/data/{name}")
+        return path
+
+    return find
