@@ -1,0 +1,136 @@
+"""V-Net with a projector: logits, contrastive features, and the class map that goes with them.
+
+Source: Milletari et al., "V-Net", 3DV 2016, in the batch-norm form and with the parameter names that this literature's
+checkpoints use (METHOD, Networks).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _Convolutions(nn.Module):
+    """``count`` times [3x3x3 convolution, batch norm, ReLU]."""
+
+    def __init__(self, count: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(count):
+            layers += [nn.Conv3d(outputs if i else inputs, outputs, 3, padding=1), nn.BatchNorm3d(outputs), nn.ReLU()]
+        self.conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class _Down(nn.Module):
+    """[2x2x2 convolution of stride 2, batch norm, ReLU]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv3d(inputs, outputs, 2, stride=2), nn.BatchNorm3d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class _Up(nn.Module):
+    """[2x2x2 transposed convolution of stride 2, batch norm, ReLU]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.ConvTranspose3d(inputs, outputs, 2, stride=2), nn.BatchNorm3d(outputs), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@dataclass
+class Encoded:
+    """What the encoder hands on."""
+
+    skips: tuple[Tensor, Tensor, Tensor]  # full, 1/2 and 1/4 resolution
+    first_level: Tensor  # (B, 8 filters, h/8, w/8, d/8): input of the first decoder level, its skip added
+
+
+class VNet(nn.Module):
+    """V-Net of five levels.
+
+    Args:
+        classes: output channels C.
+        filters: channels of the first level; level i has ``filters * 2**i``.
+        dropout: probability of the channel dropout at the bottleneck and before the last convolution.
+        inputs: input channels.
+        features: channels of the projector's output.
+
+    Every side of an input must be a multiple of 16.
+    """
+
+    def __init__(
+        self, classes: int = 2, filters: int = 16, dropout: float = 0.5, inputs: int = 1, features: int = 64,
+    ) -> None:
+        super().__init__()
+        f = filters
+        self.block_one = _Convolutions(1, inputs, f)
+        self.block_one_dw = _Down(f, 2 * f)
+        self.block_two = _Convolutions(2, 2 * f, 2 * f)
+        self.block_two_dw = _Down(2 * f, 4 * f)
+        self.block_three = _Convolutions(3, 4 * f, 4 * f)
+        self.block_three_dw = _Down(4 * f, 8 * f)
+        self.block_four = _Convolutions(3, 8 * f, 8 * f)
+        self.block_four_dw = _Down(8 * f, 16 * f)
+        self.block_five = _Convolutions(3, 16 * f, 16 * f)
+        self.block_five_up = _Up(16 * f, 8 * f)
+        self.block_six = _Convolutions(3, 8 * f, 8 * f)
+        self.block_six_up = _Up(8 * f, 4 * f)
+        self.block_seven = _Convolutions(3, 4 * f, 4 * f)
+        self.block_seven_up = _Up(4 * f, 2 * f)
+        self.block_eight = _Convolutions(2, 2 * f, 2 * f)
+        self.block_eight_up = _Up(2 * f, f)
+        self.block_nine = _Convolutions(1, f, f)
+        self.out_conv = nn.Conv3d(f, classes, 1)
+        self.dropout = nn.Dropout3d(dropout)
+        self.projector = nn.Sequential(nn.Conv3d(8 * f, 8 * f, 1), nn.PReLU(), nn.Conv3d(8 * f, features, 1))
+
+    def encode(self, x: Tensor) -> Encoded:
+        """``x`` (B, 1, h, w, d) through the encoder, up to where the projector reads."""
+        x1 = self.block_one(x)
+        x2 = self.block_two(self.block_one_dw(x1))
+        x3 = self.block_three(self.block_two_dw(x2))
+        x4 = self.block_four(self.block_three_dw(x3))
+        x5 = self.dropout(self.block_five(self.block_four_dw(x4)))
+        return Encoded((x1, x2, x3), self.block_five_up(x5) + x4)
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """The decoder: (B, filters, h, w, d), before the last dropout."""
+        x1, x2, x3 = encoded.skips
+        x6 = self.block_six(encoded.first_level)
+        x7 = self.block_seven(self.block_six_up(x6) + x3)
+        x8 = self.block_eight(self.block_seven_up(x7) + x2)
+        return self.block_nine(self.block_eight_up(x8) + x1)
+
+    def project(self, encoded: Encoded) -> Tensor:
+        """Contrastive features (B, 64, h/8, w/8, d/8)."""
+        return self.projector(encoded.first_level)
+
+    def class_map(self, decoded: Tensor) -> Tensor:
+        """Logits before the last dropout, trilinear at 1/8 resolution: (B, C, h/8, w/8, d/8)."""
+        logits = self.out_conv(decoded)
+        return F.interpolate(
+            logits, size=[side // 8 for side in logits.shape[2:]], mode="trilinear", align_corners=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, C, h, w, d) of images (B, 1, h, w, d)."""
+        return self.out_conv(self.dropout(self.decode(self.encode(x))))
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, iteration: int, bound: float = 0.99) -> None:
+    """Exponential moving average of the parameters, alpha = min(1 - 1/(t + 1), bound); buffers are left alone."""
+    alpha = min(1 - 1 / (iteration + 1), bound)
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - alpha)

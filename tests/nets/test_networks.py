@@ -1,0 +1,58 @@
+"""The networks against the released ones: parameter names, shapes, and outputs with the same parameters."""
+
+import json
+
+import pytest
+import torch
+
+from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.nets.vnet import VNet, update_teacher
+from tests.conftest import SHARED
+
+
+def _parameters(archive: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key.removeprefix("param/"): value for key, value in archive.items() if key.startswith("param/")}
+
+
+@pytest.mark.parametrize("name, network", [("vnet", VNet), ("regnet", RegistrationNet)])
+def test_parameters_are_named_and_shaped_as_in_the_literatures_checkpoints(name, network):
+    path = SHARED / "vectors" / "network_keys.json"
+    if not path.exists():
+        pytest.skip("reference vectors are absent: network_keys.json is not in ../shared/vectors")
+    expected = json.loads(path.read_text())[name]
+    assert {key: list(value.shape) for key, value in network().state_dict().items()} == expected
+
+
+def test_vnet_outputs(vectors):
+    archive = vectors("vnet")
+    network = VNet(filters=2, features=8, dropout=0.0)
+    network.load_state_dict(_parameters(archive))
+    network.eval()
+    encoded = network.encode(archive["x"])
+    torch.testing.assert_close(network.project(encoded), archive["projection_eval"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        network.class_map(network.decode(encoded)), archive["class_map_eval"], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(network(archive["x"]), archive["logits_eval"], rtol=1e-4, atol=1e-5)
+    network.train()
+    torch.testing.assert_close(network(archive["x"]), archive["logits_train"], rtol=1e-4, atol=1e-5)
+
+
+def test_registration_net_output(vectors):
+    archive = vectors("regnet")
+    network = RegistrationNet()
+    network.load_state_dict(_parameters(archive))
+    torch.testing.assert_close(network(archive["moving"], archive["fixed"]), archive["flow"], rtol=1e-4, atol=1e-5)
+
+
+def test_teacher_is_the_moving_average_of_parameters_only():
+    torch.manual_seed(0)
+    student, teacher = VNet(filters=1), VNet(filters=1)
+    before = [p.clone() for p in teacher.parameters()]
+    student.block_one.conv[1].running_mean.fill_(7)
+    update_teacher(teacher, student, iteration=3)
+    for old, now, new in zip(before, teacher.parameters(), student.parameters()):
+        torch.testing.assert_close(now, 0.75 * old + 0.25 * new)
+    assert (teacher.block_one.conv[1].running_mean == 0).all()
+    update_teacher(teacher, student, iteration=0)
+    assert all(torch.equal(p, q) for p, q in zip(teacher.parameters(), student.parameters()))
