@@ -37,7 +37,7 @@ class DataSettings:
     patch: tuple[int, int, int] = setting((112, 112, 80), "training patch in voxels: height, width, slices")
     window: tuple[float, float] | None = setting(None, "intensity window mapped to [0, 1] before z-scoring (CT: HU)")
     body_crop: bool = setting(False, "crop to the body (largest component above -500 HU) before resampling")
-    resample: tuple[int, int, int] | None = setting(None, "voxels that every volume is resampled to; none keeps the grid")
+    resample: tuple[int, int, int] | None = setting(None, "voxels every volume is resampled to; none keeps the grid")
     max_in_plane: int = setting(0, "centre-crop slices to at most this many voxels a side; 0 keeps them whole")
     foreground: tuple[int, ...] = setting((), "label values merged into the foreground; empty means every value > 0")
     downsample: int = setting(1, "shrink volumes, patch and registration labels' morphology by this factor")
@@ -90,7 +90,9 @@ class SelectionSettings:
     )
     negatives: int = setting(50, "prototypes k per class in the contrastive loss")
     temperature: float = setting(0.07, "temperature of the contrastive loss")
-    contrast: str = setting("bidirectional", "anchors of the contrastive loss", choices=("bidirectional", "unidirectional"))
+    contrast: str = setting(
+        "bidirectional", "anchors of the contrastive loss", choices=("bidirectional", "unidirectional")
+    )
 
 
 @dataclass
@@ -274,14 +276,13 @@ def _check(config: Config) -> None:
     data, training, registration = config.data, config.training, config.registration
     wrong = [side for side in data.patch if side < 16 or side % 16]
     if wrong:
-        raise UserError(f"setting patch = {data.patch}: every side must be a multiple of 16 (the V-Net halves it four times)")
+        raise UserError(f"setting patch = {data.patch}: sides must be multiples of 16 (the V-Net halves them four times)")
     if data.window is not None and data.window[0] >= data.window[1]:
         raise UserError(f"setting window = {data.window}: the lower bound must be below the upper")
-    if min(registration.opening, registration.closing) < 1 or registration.opening % 2 == 0 or registration.closing % 2 == 0:
+    if not all(width > 0 and width % 2 for width in (registration.opening, registration.closing)):
         raise UserError("settings opening and closing must be odd (1 leaves labels as they are)")
-    for name in ("n_labeled",):
-        if getattr(data, name) < training.batch_labeled:
-            raise UserError(f"setting {name} must be at least batch_labeled = {training.batch_labeled}")
+    if data.n_labeled < training.batch_labeled:
+        raise UserError(f"setting n_labeled must be at least batch_labeled = {training.batch_labeled}")
     for section in (training, registration, config.selection, config.network):
         for item in fields(section):
             value = getattr(section, item.name)
@@ -297,7 +298,8 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of :func:`to_dict`."""
     config = Config()
-    _assign(config, {name: value for section in values.values() for name, value in section.items()}, "the run's settings")
+    for section in values.values():
+        _assign(config, section, "the run's settings")
     return config
 
 

@@ -1,4 +1,4 @@
-"""What tests share: the folder of real scans and reference vectors that lies beside the checkout, where there is one."""
+"""What tests share: the folder of real scans and reference vectors beside the checkout, where there is one."""
 
 from pathlib import Path
 
