@@ -1,0 +1,246 @@
+"""Prepared volumes on disk: made on first use, in parallel, and found again until a setting or a file changes.
+
+Each volume is one folder named after its case and a hash of everything that shapes it. The folder is filled under
+another name and then renamed, so that it is whole or absent, whoever else prepares the same scans and whenever the
+work is interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spss_fast.config import DataSettings
+from spss_fast.data.geometry import Grid, resample, to_image
+from spss_fast.data.layouts import Case, read_case
+from spss_fast.data.preparation import foreground, prepare_scan
+from spss_fast.errors import UserError
+
+FORMAT = 1  # raised whenever the same scan and settings would be prepared differently
+
+
+@dataclass
+class PreparedCase:
+    """One prepared volume; its arrays stay on disk until they are read."""
+
+    name: str
+    image: np.ndarray  # (H, W, D) float32, z-scored, memory-mapped copy-on-write
+    spacing: tuple[float, float, float]  # mm, in array order
+    case: Case
+    grid: Grid  # where the prepared array lies
+    source: Grid  # where the array of the original file lies
+    folder: Path
+
+    @property
+    def has_label(self) -> bool:
+        return (self.folder / "label.npy").exists()
+
+    def label(self) -> np.ndarray | None:
+        """The full label (H, W, D) uint8 0/1, or None; for drawing annotated slices, monitoring and evaluation only."""
+        return np.load(self.folder / "label.npy", mmap_mode="c") if self.has_label else None
+
+    def to_source(self, array: np.ndarray, linear: bool = False) -> sitk.Image:
+        """An (H, W, D) array on the prepared grid, taken back onto the original file's own grid, 0 beyond the crop.
+
+        ``linear`` suits probabilities, the default (nearest) label maps.
+        """
+        image = to_image(array, self.grid)
+        reference = sitk.Image([int(n) for n in self.source.size], sitk.sitkUInt8)
+        reference.SetSpacing(self.source.spacing)
+        reference.SetOrigin(self.source.origin)
+        reference.SetDirection(self.source.direction)
+        method = sitk.sitkLinear if linear else sitk.sitkNearestNeighbor
+        return sitk.Resample(image, reference, sitk.Transform(), method)
+
+    def slice_axis(self) -> int:
+        """The axis of the original file's array along which the slices lie."""
+        return int(np.abs(self.source.axes.T @ self.grid.axes[:, 2]).argmax())
+
+    def slice_from_source(self, index: int) -> int:
+        """The prepared slice nearest to slice ``index`` of the file; not in 0 .. D - 1 where it was cropped away."""
+        position = (np.array(self.source.size) - 1) / 2
+        position[self.slice_axis()] = index
+        return int(np.floor(self.grid.index(self.source.point(position))[2] + 0.5))
+
+    def annotation_from_source(self, index: int, settings: DataSettings) -> np.ndarray:
+        """Slice ``index`` of the original file's label, (H, W) uint8 0/1 on the prepared grid's in-plane lattice.
+
+        Resampling the whole label would fall between slices where it shrinks their number, and find nothing where
+        only this one is annotated.
+        """
+        scan = read_case(self.case)
+        position = (np.array(self.source.size) - 1) / 2
+        position[self.slice_axis()] = index
+        here = int(np.rint(scan.grid.index(self.source.point(position))[2]))
+        slab = scan.grid.cropped((0, 0, here), (*scan.grid.size[:2], 1))
+        along = (np.array(slab.origin) - self.grid.origin) @ self.grid.axes[:, 2] / self.grid.spacing[2]
+        target = self.grid.cropped((0, 0, along), (*self.grid.size[:2], 1))
+        return resample(foreground(scan.label[:, :, here : here + 1], settings), slab, target, linear=False)[:, :, 0]
+
+
+def cache_root(settings: DataSettings) -> Path:
+    """``settings.cache_dir``, else ``$XDG_CACHE_HOME/spss_fast``, else ``~/.cache/spss_fast``."""
+    if settings.cache_dir:
+        return Path(settings.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spss_fast"
+
+
+def prepare(cases: list[Case], settings: DataSettings, progress: bool = True) -> list[PreparedCase]:
+    """The prepared volumes of ``cases``, in their order; those that the cache does not hold are made first.
+
+    Volumes keep their size where they are smaller than the patch: the sampler pads them. Raises ``UserError`` with
+    the first unusable case, and how many more there are; every case is tried, so the good ones are ready by then.
+    """
+    root = cache_root(settings)
+    folders = [root / f"{case.name}-{_key(case, settings)}" for case in cases]
+    found = {case.name: prepared for case, folder in zip(cases, folders) if (prepared := _load(case, folder))}
+    missing = [(case, folder) for case, folder in zip(cases, folders) if case.name not in found]
+    failures = {}
+    if missing:
+        _make_root(root)
+        failures = _build_all(missing, settings, progress)
+    for case, folder in missing:
+        if case.name not in failures:
+            prepared = _load(case, folder)
+            if prepared is None:
+                failures[case.name] = f"the prepared volume in {folder} cannot be read back: check the disk"
+            else:
+                found[case.name] = prepared
+    if failures:
+        first = next(case.name for case in cases if case.name in failures)
+        others = len(failures) - 1
+        raise UserError(failures[first] + (f" ({others} more of the {len(cases)} cases fail too)" if others else ""))
+    return [found[case.name] for case in cases]
+
+
+def _make_root(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the cache folder {root} cannot be made ({error.strerror}): set cache_dir") from error
+    # what killed processes left more than a day ago
+    for path in root.glob(".building-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > 86400:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _key(case: Case, settings: DataSettings) -> str:
+    """Hash of whatever shapes the prepared volume: format, settings, and the identity of the files."""
+    files = [case.image] + ([case.label] if case.label not in (None, case.image) else [])
+    identity = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
+    relevant = {
+        "window": settings.window, "body_crop": settings.body_crop, "resample": settings.resample,
+        "max_in_plane": settings.max_in_plane, "foreground": sorted(settings.foreground),
+        # config has applied the factor to resample already
+        "downsample": settings.downsample if settings.resample is None else None,
+    }
+    text = json.dumps([FORMAT, case.layout, case.label is not None, relevant, identity], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def _load(case: Case, folder: Path) -> PreparedCase | None:
+    """The prepared volume in ``folder``, or None where there is none that can be used."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        image = np.load(folder / "image.npy", mmap_mode="c")
+        grid, source = (Grid(**{key: tuple(value) for key, value in meta[name].items()}) for name in ("grid", "source"))
+        shapes = {image.shape} | ({np.load(folder / "label.npy", mmap_mode="r").shape} if meta["label"] else set())
+        if shapes != {grid.size}:
+            return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return PreparedCase(case.name, image, grid.spacing, case, grid, source, folder)
+
+
+def _build_all(missing: list[tuple[Case, Path]], settings: DataSettings, progress: bool) -> dict[str, str]:
+    """Prepares every case; the messages of those that failed, by name."""
+    workers = min(len(missing), settings.workers or available_cores())
+    failures: dict[str, str] = {}
+    columns = (TextColumn("preparing scans"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar, contextlib.ExitStack() as stack:
+        task = bar.add_task("", total=len(missing))
+        if workers > 1:
+            # spawn: a forked child would inherit ITK's and OpenMP's thread pools without their threads
+            context = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread))
+            stack.push(lambda kind, *_: pool.shutdown(cancel_futures=True) if kind else None)
+            jobs = {pool.submit(_build, case, folder, settings): case for case, folder in missing}
+            results = ((jobs[job], job.result()) for job in as_completed(jobs))
+        else:
+            results = ((case, _build(case, folder, settings)) for case, folder in missing)
+        try:
+            for case, failure in results:
+                if failure:
+                    failures[case.name] = failure
+                bar.advance(task)
+        except BrokenProcessPool as error:
+            raise UserError("a process that prepares scans was ended from outside, most likely for want of memory: "
+                            f"lower workers (now {workers})") from error
+    return failures
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _one_thread() -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _build(case: Case, folder: Path, settings: DataSettings) -> str | None:
+    """Prepares one case into ``folder``; returns the message for the user where that is not possible."""
+    try:
+        scan = read_case(case)
+        image, label, grid = prepare_scan(scan, case, settings)
+    except UserError as error:
+        return str(error)
+    except MemoryError:
+        return f"{case.image} does not fit into memory: lower workers, or free some"
+    try:
+        _write(case, folder, image, label, grid, scan.source)
+    except OSError as error:
+        return f"the cache folder {folder.parent} cannot be written ({error.strerror}): free space, or set cache_dir"
+    return None
+
+
+def _write(
+    case: Case, folder: Path, image: np.ndarray, label: np.ndarray | None, grid: Grid, source: Grid
+) -> None:
+    """Fills a folder under a temporary name and renames it to ``folder``."""
+    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
+        np.save(temporary / "image.npy", image)
+        if label is not None:
+            np.save(temporary / "label.npy", label)
+        meta = {"grid": asdict(grid), "source": asdict(source), "label": label is not None}
+        (temporary / "meta.json").write_text(json.dumps(meta))
+        for path in temporary.iterdir():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists() and _load(case, folder) is None:
+            shutil.rmtree(folder)  # damaged
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if _load(case, folder) is None:
+                raise
+            # else another process was faster, with the same content
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+

@@ -1,0 +1,160 @@
+"""Which cases train and which test, and which slice of an annotated case is the annotated one."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spss_fast.config import Config, DataSettings
+from spss_fast.data.cache import PreparedCase
+from spss_fast.errors import UserError
+
+
+@dataclass
+class Split:
+    """Case names; the first ``n_labeled`` of ``train`` are the annotated ones.
+
+    ``held_out`` tells whether the test volumes were kept from training: False where they are the unlabelled training
+    volumes, whose images training sees and whose labels it does not.
+    """
+
+    train: list[str]
+    test: list[str]
+    held_out: bool
+
+
+def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Split:
+    """The split that ``train.list`` and ``test.list`` in the data folder give, else one drawn by seed and case name.
+
+    With lists: their order is kept; cases that are in no given list make up the other one; with a ``train.list`` that
+    names every case, the unlabelled training cases are the test. Without: ``n_test`` labelled cases test, and the
+    order of the others is drawn; cases that the annotation CSV names come first in training, cases without any label
+    last. A case's place in the draw depends on its own name and the seed only. Raises ``UserError`` for names without
+    a scan, for overlap, and where too few volumes are left to train on.
+    """
+    settings, training = config.data, config.training
+    known = {case.name: case for case in cases}
+    data_dir = Path(data_dir)
+    train, test = (_read_list(data_dir / f"{part}.list", known) for part in ("train", "test"))
+    drawn = sorted(known, key=lambda name: hashlib.sha256(f"{training.seed}:{name}".encode()).digest())
+    if train is not None and test is not None and (both := sorted(set(train) & set(test))):
+        raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
+    held_out = True
+    if train is not None and test is None:
+        test = sorted(set(known) - set(train))
+        if not test:
+            test, held_out = train[settings.n_labeled :], False
+    elif train is None:
+        named = set(read_annotations(settings)) if settings.annotations else set()
+        if test is None:
+            test = [name for name in drawn if known[name].has_label and name not in named][: settings.n_test]
+        rank = {name: 0 if name in named else 1 if known[name].has_label else 2 for name in known}
+        train = sorted((name for name in drawn if name not in test), key=rank.__getitem__)
+        if not test:
+            test, held_out = train[settings.n_labeled :], False
+    needed = settings.n_labeled + training.batch_unlabeled
+    if len(train) < needed:
+        raise UserError(
+            f"{data_dir} leaves {len(train)} volumes to train on ({len(known)} in all, {len(test) if held_out else 0} "
+            f"for testing), but n_labeled = {settings.n_labeled} and batch_unlabeled = {training.batch_unlabeled} need "
+            f"{needed}: add scans, or lower n_labeled or n_test")
+    bare = [name for name in train[: settings.n_labeled] if not known[name].has_label]
+    if bare:
+        raise UserError(
+            f"{known[bare[0]].case.image} is of the first n_labeled = {settings.n_labeled} training cases but has no "
+            f"label ({len(bare)} such): annotate a slice of it, or lower n_labeled")
+    return Split(train, test, held_out)
+
+
+def _read_list(path: Path, known: dict[str, PreparedCase]) -> list[str] | None:
+    """Case names, one a line, with or without a file ending; None where there is no such list."""
+    if not path.exists():
+        return None
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a list of case names: {error}") from error
+    names = [name if name in known else name.removesuffix(".h5") for name in names]
+    if not names:
+        raise UserError(f"{path} names no case: fill it, or take it away for a split by seed")
+    absent = [name for name in names if name not in known]
+    if absent:
+        more = f" (and {len(absent) - 1} more)" if len(absent) > 1 else ""
+        raise UserError(f"{path} names {absent[0]}{more}, but {path.parent} has no such scan: add it, or strike it")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path} names {twice} twice: strike one of them")
+    return names
+
+
+def read_annotations(settings: DataSettings) -> dict[str, int]:
+    """The CSV ``settings.annotations``: case name to slice index in the original file; empty where none is set."""
+    if not settings.annotations:
+        return {}
+    path = Path(settings.annotations).expanduser()
+    slices: dict[str, int] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file, skipinitialspace=True)
+            if not {"case", "slice"} <= set(rows.fieldnames or ()):
+                raise UserError(f"{path} must begin with the line case,slice")
+            for row in rows:
+                name = (row["case"] or "").strip()
+                if name in slices:
+                    raise UserError(f"{path}, line {rows.line_num}: {name} is there twice; keep one slice per case")
+                try:
+                    slices[name] = int(row["slice"])
+                except (TypeError, ValueError) as error:
+                    shown = f"slice {row['slice']!r} is not a whole number"
+                    raise UserError(f"{path}, line {rows.line_num}: {shown}; correct it") from error
+    except OSError as error:
+        raise UserError(f"cannot read the annotation file {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a CSV file of case,slice: {error}") from error
+    if not slices:
+        raise UserError(f"{path} names no slice: add a line case,slice per annotated case, or leave annotations unset")
+    return slices
+
+
+def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: int) -> dict[str, int]:
+    """The annotated slice of each annotated case, as an index of its prepared volume's last axis.
+
+    Taken from the annotation CSV where it names the case, else drawn uniformly from the middle three fifths of the
+    slices that hold foreground, by seed and case name. Raises ``UserError`` for rows of the CSV that name no annotated
+    case, a slice that does not exist, or one without foreground.
+    """
+    given = read_annotations(settings)
+    unknown = [name for name in given if name not in {case.name for case in cases}]
+    if unknown:
+        raise UserError(
+            f"{settings.annotations} names {unknown[0]}, which is not one of the {len(cases)} annotated cases (the "
+            "first n_labeled of the training list): correct the name, the list or n_labeled")
+    return {
+        case.name: _given_slice(case, given[case.name], settings) if case.name in given else _drawn_slice(case, seed)
+        for case in cases
+    }
+
+
+def _given_slice(case: PreparedCase, index: int, settings: DataSettings) -> int:
+    count = case.source.size[case.slice_axis()]
+    if not 0 <= index < count:
+        raise UserError(f"{settings.annotations}: slice {index} of {case.name} does not exist; its last is {count - 1}")
+    prepared = case.slice_from_source(index)
+    if not 0 <= prepared < case.grid.size[2] or not case.annotation_from_source(index, settings).any():
+        raise UserError(f"{settings.annotations}: slice {index} of {case.name} holds no foreground in "
+                        f"{case.case.label}; name the slice that is annotated")
+    return prepared
+
+
+def _drawn_slice(case: PreparedCase, seed: int) -> int:
+    slices = np.flatnonzero(case.label().any(axis=(0, 1)))
+    if not slices.size:
+        raise UserError(f"{case.case.label}: its foreground is too small to survive resampling to {case.grid.size} "
+                        "voxels; resample to more, or leave the case out")
+    margin = slices.size // 5
+    name = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:8], "little")
+    return int(np.random.default_rng([seed, name]).choice(slices[margin : slices.size - margin]))
