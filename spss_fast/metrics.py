@@ -1,0 +1,61 @@
+"""Segmentation metrics of one case, as this literature defines them (METHOD, Inference and metrics)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+NAMES = ("dice", "jaccard", "hd95", "asd")
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """2 |P and R| / (|P| + |R|) of binary arrays; 1 if both are empty."""
+    total = np.count_nonzero(prediction) + np.count_nonzero(reference)
+    return 2 * np.count_nonzero(prediction & reference) / total if total else 1.0
+
+
+def jaccard(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """|P and R| / |P or R| of binary arrays; 1 if both are empty."""
+    union = np.count_nonzero(prediction | reference)
+    return np.count_nonzero(prediction & reference) / union if union else 1.0
+
+
+def surface_distances(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Distances from every surface voxel of P to the surface of R, and of R to that of P.
+
+    Surface voxels are those a face-connected erosion removes. Units are voxels, or those of ``spacing``.
+    """
+    # a box with room for the erosion's border: nothing outside it is a surface voxel of either
+    box = ndimage.find_objects((prediction | reference).astype(np.uint8))[0]
+    grow = tuple(slice(max(0, part.start - 1), part.stop + 1) for part in box)
+    prediction, reference = prediction[grow], reference[grow]
+    face = ndimage.generate_binary_structure(prediction.ndim, 1)
+    surfaces = [mask & ~ndimage.binary_erosion(mask, face) for mask in (prediction, reference)]
+    to_prediction, to_reference = (ndimage.distance_transform_edt(~surface, sampling=spacing) for surface in surfaces)
+    return to_reference[surfaces[0]], to_prediction[surfaces[1]]
+
+
+def evaluate(
+    prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Dice, Jaccard, 95% Hausdorff distance and average surface distance of two binary (H, W, D) arrays.
+
+    HD95 is the 95th percentile of both directions' surface distances together, ASD the mean distance from the
+    prediction's surface to the reference's (medpy's ``hd95`` and ``asd``). Both are NaN where either array is empty.
+    Raises ``ValueError`` for shapes that differ.
+    """
+    prediction, reference = np.asarray(prediction) > 0, np.asarray(reference) > 0
+    if prediction.shape != reference.shape:
+        raise ValueError(f"prediction {prediction.shape} and reference {reference.shape} differ in shape")
+    result = {"dice": dice(prediction, reference), "jaccard": jaccard(prediction, reference)}
+    if prediction.any() and reference.any():
+        outward, inward = surface_distances(prediction, reference, spacing)
+        hd95, asd = float(np.percentile(np.concatenate([outward, inward]), 95)), float(outward.mean())
+    else:
+        hd95 = asd = math.nan
+    return result | {"hd95": hd95, "asd": asd}

@@ -1,0 +1,39 @@
+"""Metrics against the reference vectors, and against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from spss_fast import metrics
+
+
+@pytest.mark.parametrize("case", range(3))
+def test_metrics_agree_with_the_vectors(vectors, case):
+    archive = vectors("metrics")
+    prediction, reference = (archive[f"{case}_{name}"].numpy() for name in ("prediction", "reference"))
+    result = metrics.evaluate(prediction, reference)
+    np.testing.assert_allclose([result[name] for name in metrics.NAMES], archive[f"{case}_metrics"], rtol=1e-9)
+    spaced = metrics.evaluate(prediction, reference, (0.9, 0.9, 3.0))
+    expected = archive[f"{case}_metrics_spacing_0.9_0.9_3.0"]
+    np.testing.assert_allclose([spaced["hd95"], spaced["asd"]], expected, rtol=1e-9)
+
+
+def test_single_voxels_three_apart():
+    prediction, reference = np.zeros((2, 8, 5, 4), bool)
+    prediction[1, 2, 2], reference[4, 2, 2] = True, True
+    assert metrics.evaluate(prediction, reference) == {"dice": 0.0, "jaccard": 0.0, "hd95": 3.0, "asd": 3.0}
+    assert metrics.evaluate(prediction, reference, (2.0, 1.0, 1.0))["asd"] == 6.0
+
+
+def test_empty_arrays():
+    empty, full = np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool)
+    both = metrics.evaluate(empty, empty)
+    assert both["dice"] == both["jaccard"] == 1.0 and math.isnan(both["hd95"])
+    missed = metrics.evaluate(empty, full)
+    assert missed["dice"] == 0.0 and math.isnan(missed["asd"])
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="differ in shape"):
+        metrics.evaluate(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
