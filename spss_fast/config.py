@@ -116,6 +116,9 @@ class TrainingSettings:
         choices=("decayed", "truncated"),
     )
     disagreement_from: int = setting(1000, "iteration from which disagreeing voxels weigh more")
+    refresh_batches: int = setting(
+        0, "batches whose exact statistics replace the running batch-norm ones at the end; 0 keeps the running ones"
+    )
     seed: int = setting(0, "seed of the split, the annotated slices, the weights and the sampling")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     amp: str = setting("auto", "mixed precision", choices=("auto", "bf16", "off"))
@@ -276,7 +279,7 @@ def _check(config: Config) -> None:
     data, training, registration = config.data, config.training, config.registration
     wrong = [side for side in data.patch if side < 16 or side % 16]
     if wrong:
-        raise UserError(f"setting patch = {data.patch}: sides must be multiples of 16 (the V-Net halves them four times)")
+        raise UserError(f"setting patch = {data.patch}: sides must be multiples of 16 (four halvings in the V-Net)")
     if data.window is not None and data.window[0] >= data.window[1]:
         raise UserError(f"setting window = {data.window}: the lower bound must be below the upper")
     if not all(width > 0 and width % 2 for width in (registration.opening, registration.closing)):

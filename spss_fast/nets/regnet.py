@@ -43,5 +43,5 @@ class RegistrationNet(nn.Module):
             x = torch.cat([F.interpolate(block(x), size=skip.shape[2:]), skip], 1)
         x = self.dec[4](self.dec[3](x))
         skip = levels.pop()
-        x = torch.cat([F.interpolate(x, size=skip.shape[2:]), skip], 1)
+        x = torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1)
         return self.flow(self.vm2_conv(self.dec[5](x)))

@@ -1,0 +1,72 @@
+"""From a data folder to the volumes that train and the cases that test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spss_fast.config import Config
+from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.layouts import find_cases
+from spss_fast.data.phantom import write_phantoms
+from spss_fast.data.sampling import TrainingVolume, training_volumes, unlabeled_volumes
+from spss_fast.data.splits import Split, make_split
+
+PHANTOM_FOLDER = "phantoms"  # in the working directory, where --data-dir is not given
+
+
+@dataclass
+class Dataset:
+    """The volumes of a run. ``labeled`` and ``unlabeled`` are all that training sees of them."""
+
+    folder: Path
+    split: Split
+    labeled: list[TrainingVolume]
+    unlabeled: list[TrainingVolume]
+    test: list[PreparedCase]
+
+    def describe(self) -> dict[str, Any]:
+        """Who is annotated where, who trains, who tests: what ``cases.json`` keeps."""
+        return {
+            "data_dir": str(self.folder.resolve()),
+            "annotated": {volume.name: volume.index for volume in self.labeled},
+            "train": self.split.train, "test": self.split.test, "held_out": self.split.held_out,
+        }
+
+    def summary(self) -> str:
+        """One line for a person."""
+        test = "held-out" if self.split.held_out else "test cases among the unlabelled"
+        return (
+            f"{len(self.labeled)} annotated volumes (one slice each), {len(self.unlabeled)} unlabelled, "
+            f"{len(self.test)} {test}"
+        )
+
+
+def data_folder(config: Config, console: Console) -> Path:
+    """The run's data folder; phantoms are written where there are none yet."""
+    settings = config.data
+    if settings.dataset != "phantom":
+        return Path(settings.data_dir)
+    folder = Path(settings.data_dir or PHANTOM_FOLDER)
+    if not folder.exists() or not any(folder.iterdir()):
+        console.print(f"writing {settings.phantoms} phantom volumes to {folder}")
+        write_phantoms(folder, settings.phantoms, config.training.seed)
+    return folder
+
+
+def load(config: Config, console: Console) -> Dataset:
+    """Find, split, prepare and annotate the cases of a run. Raises ``UserError`` before anything is trained."""
+    folder = data_folder(config, console)
+    prepared = prepare(find_cases(config.data.dataset, folder), config.data)
+    split = make_split(prepared, folder, config)
+    cases = {case.name: case for case in prepared}
+    annotated = [cases[name] for name in split.train[: config.data.n_labeled]]
+    return Dataset(
+        folder, split,
+        labeled=training_volumes(annotated, config.data, config.training.seed),
+        unlabeled=unlabeled_volumes([cases[name] for name in split.train[config.data.n_labeled :]]),
+        test=[cases[name] for name in split.test],
+    )

@@ -1,0 +1,60 @@
+"""Checkpoints: everything needed to go on, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spss_fast.config import Config, from_dict, to_dict
+from spss_fast.engine.step import State
+from spss_fast.errors import UserError
+
+PARTS = ("student", "teacher", "registration", "sgd", "adam")
+
+
+def atomically(path: Path, write: Any) -> None:
+    """Call ``write(temporary path)``, then move the result to ``path``: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(state: State, path: Path) -> None:
+    """Write networks, optimizers, clocks and settings to ``path``."""
+    content = {part: getattr(state, part).state_dict() for part in PARTS}
+    content |= {
+        "epoch": state.epoch, "iteration": state.iteration, "last_loss": state.last_loss.cpu(),
+        "config": to_dict(state.config),
+    }
+    atomically(path, lambda temporary: torch.save(content, temporary))
+
+
+def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint; only tensors and plain values are unpickled."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path}: is this the folder of a run?") from error
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"cannot read the checkpoint {path} (truncated, or not one of ours): {error}") from error
+
+
+def restore(state: State, content: dict[str, Any]) -> None:
+    """Put a checkpoint's content into ``state``."""
+    for part in PARTS:
+        getattr(state, part).load_state_dict(content[part])
+    state.epoch, state.iteration = content["epoch"], content["iteration"]
+    state.last_loss = content["last_loss"].to(state.device)
+
+
+def config_of(content: dict[str, Any]) -> Config:
+    """The settings that a checkpoint was trained with."""
+    return from_dict(content["config"])

@@ -1,0 +1,89 @@
+"""Registration between neighbouring slices: stage 1, and steps 1 and 10 of stage 2 (METHOD)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spss_fast.config import RegistrationSettings
+from spss_fast.ops.losses import SMOOTH
+from spss_fast.ops.warp import warp
+
+
+def negative_ncc(warped: Tensor, fixed: Tensor, window: int = 9) -> Tensor:
+    """Negative mean of the squared local normalised cross correlation of slices (B, 1, h, w), as in VoxelMorph."""
+    area = window * window
+    kernel = torch.ones(1, 1, window, window, device=warped.device, dtype=warped.dtype)
+
+    def local_sum(x: Tensor) -> Tensor:
+        return F.conv2d(x, kernel, padding=window // 2)
+
+    sum_i, sum_j = local_sum(fixed), local_sum(warped)
+    mean_i, mean_j = sum_i / area, sum_j / area
+    cross = local_sum(fixed * warped) - mean_j * sum_i - mean_i * sum_j + mean_i * mean_j * area
+    variance_i = local_sum(fixed * fixed) - 2 * mean_i * sum_i + mean_i * mean_i * area
+    variance_j = local_sum(warped * warped) - 2 * mean_j * sum_j + mean_j * mean_j * area
+    return -(cross * cross / (variance_i * variance_j + 1e-5)).mean()
+
+
+def soft_dice_loss(warped: Tensor, fixed: Tensor) -> Tensor:
+    """1 - Dice of two foreground maps, squared denominators, over all voxels of all pairs."""
+    return 1 - (2 * (warped * fixed).sum() + SMOOTH) / ((warped**2).sum() + (fixed**2).sum() + SMOOTH)
+
+
+def sample_pairs(volumes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` random neighbouring slices of ``volumes`` (B, h, w, d), as indices (volume, moving z, fixed z)."""
+    batch, depth = volumes.shape[0], volumes.shape[-1]
+    volume = torch.randint(batch, (count,), device=volumes.device)
+    lower = torch.randint(depth - 1, (count,), device=volumes.device)
+    upwards = torch.randint(2, (count,), device=volumes.device)
+    return volume, lower + 1 - upwards, lower + upwards
+
+
+def registration_steps(
+    network: nn.Module, optimizer: torch.optim.Optimizer, volumes: Tensor, labels: Tensor | None,
+    settings: RegistrationSettings, amp: torch.dtype | None,
+) -> Tensor:
+    """Ten optimizer steps on random neighbouring pairs; returns the last loss, a detached scalar.
+
+    ``volumes`` (B, h, w, d) images. Without ``labels`` the loss is the image similarity (stage 1, step 1); with
+    ``labels`` (B, h, w, d), the fused ones, their Dice after the warp joins it (step 10). The network runs under
+    autocast to ``amp``, everything after it in float32.
+    """
+    slices = volumes.movedim(-1, 1).contiguous()  # (B, d, h, w): a pair is two rows
+    label_slices = None if labels is None else labels.movedim(-1, 1).to(volumes.dtype).contiguous()
+    loss = volumes.new_zeros(())
+    for _ in range(settings.registration_steps):
+        volume, from_z, to_z = sample_pairs(volumes, settings.registration_pairs)
+        moving, fixed = slices[volume, from_z][:, None], slices[volume, to_z][:, None]
+        with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
+            displacement = network(moving, fixed).float()
+        if label_slices is None:
+            warped = warp(moving, displacement)
+        else:
+            both = torch.cat([moving, label_slices[volume, from_z][:, None]], 1)
+            warped, warped_label = warp(both, displacement).split(1, 1)
+        loss = F.mse_loss(warped, fixed) if settings.similarity == "mse" else negative_ncc(warped, fixed)
+        if label_slices is not None:
+            loss = loss + soft_dice_loss(warped_label, label_slices[volume, to_z][:, None])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def neighbour_flows(network: nn.Module, volumes: Tensor, amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Displacements between all neighbouring slices of ``volumes`` (B, h, w, d), in one batched forward.
+
+    Returns ``(up, down)``, each (B, d - 1, 2, h, w) in voxels: up[:, z] takes slice z to z + 1, down[:, z] takes
+    slice z + 1 to z.
+    """
+    batch, depth = volumes.shape[0], volumes.shape[-1]
+    slices = volumes.movedim(-1, 1)
+    lower, upper = slices[:, :-1].flatten(0, 1)[:, None], slices[:, 1:].flatten(0, 1)[:, None]
+    with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
+        displacement = network(torch.cat([lower, upper]), torch.cat([upper, lower])).float()
+    up, down = displacement.unflatten(0, (2, batch, depth - 1))
+    return up, down

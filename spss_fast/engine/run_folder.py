@@ -1,0 +1,104 @@
+"""The folder of a run: settings, environment, metrics, checkpoints and previews."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from spss_fast import __version__
+from spss_fast.config import Config, to_toml
+from spss_fast.engine.checkpoint import atomically
+from spss_fast.errors import UserError
+
+STAGES = ("registration", "joint")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge a run's figures: versions, device, command."""
+    names = ("torch", "triton", "numpy", "scipy", "SimpleITK", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+    installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "spss_fast": __version__, "python": platform.python_version(), "platform": platform.platform(),
+        "device": str(device), "device_name": device_name, "threads": torch.get_num_threads(),
+        "versions": {name: installed[name] for name in names if name in installed},
+        "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+class RunFolder:
+    """Paths and writers of one run.
+
+    Layout: ``config.toml``, ``environment.json``, ``cases.json`` (who was annotated where, who trains, who tests),
+    ``registration.csv`` and ``joint.csv`` (metrics of the two stages), ``pseudo_labels.csv``, ``checkpoints/last.pt``,
+    ``previews/*.png`` and TensorBoard events.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoints" / "last.pt"
+        self.previews = path / "previews"
+        self._writer: SummaryWriter | None = None
+
+    def create(self, config: Config, device: torch.device, cases: dict[str, Any]) -> None:
+        """Start a run here; ``UserError`` if the folder already holds one (see :meth:`refuse_if_used`)."""
+        self.refuse_if_used()
+        self.previews.mkdir(parents=True, exist_ok=True)
+        self.write_json("environment.json", environment(device))
+        self.write_json("cases.json", cases)
+        atomically(self.path / "config.toml", lambda temporary: temporary.write_text(to_toml(config)))
+
+    def refuse_if_used(self) -> None:
+        """Raise ``UserError`` if this folder already holds a run, or is not a folder."""
+        if (self.path / "config.toml").exists():
+            raise UserError(f"{self.path} already holds a run: add --resume to go on with it, or choose another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: choose another --out")
+
+    def write_json(self, name: str, content: Any) -> None:
+        """``content`` as an indented JSON file."""
+        text = json.dumps(content, indent=2, default=str) + "\n"
+        atomically(self.path / name, lambda temporary: temporary.write_text(text))
+
+    def log(self, stage: str, step: int, row: dict[str, float]) -> None:
+        """Append one row of metrics to the stage's CSV and to TensorBoard."""
+        path = self.path / f"{stage}.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *row])
+            writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
+        if self._writer is None:
+            self._writer = SummaryWriter(self.path)
+        for name, value in row.items():
+            self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop rows after ``step``: what an interrupted run logged beyond its last checkpoint is computed again."""
+        path = self.path / f"{stage}.csv"
+        if not path.exists():
+            return
+        with path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        kept = [header, *(row for row in rows if int(row[0]) <= step)]
+
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                csv.writer(file).writerows(kept)
+
+        atomically(path, write)
+
+    def close(self) -> None:
+        """Flush TensorBoard's events."""
+        if self._writer is not None:
+            self._writer.close()

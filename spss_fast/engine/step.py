@@ -1,0 +1,209 @@
+"""One joint iteration of stage 2, and what it works on (METHOD, stage 2, steps 1 to 10)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from spss_fast.config import Config
+from spss_fast.data.sampling import Batch
+from spss_fast.engine import selfpaced
+from spss_fast.engine.pseudo_labels import fused_labels, registration_labels, voxel_weights
+from spss_fast.engine.registration import registration_steps
+from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.nets.vnet import VNet, update_teacher
+from spss_fast.ops.contrastive import contrastive_loss
+from spss_fast.ops.losses import masked_ce_dice, weighted_ce_dice
+from spss_fast.ops.uncertainty import accumulate_softmax, uncertainty_mask
+
+
+@dataclass
+class State:
+    """Everything that training changes: networks, optimizers, the clock, and the pace of the last iteration."""
+
+    config: Config
+    device: torch.device
+    amp: torch.dtype | None  # autocast type of the networks' forward passes; None is float32
+    student: nn.Module = field(init=False)
+    teacher: nn.Module = field(init=False)
+    registration: nn.Module = field(init=False)
+    sgd: torch.optim.Optimizer = field(init=False)
+    adam: torch.optim.Optimizer = field(init=False)
+    epoch: int = 0  # of stage 1
+    iteration: int = 0  # t, of stage 2
+    last_loss: Tensor = field(init=False)  # L_pace of the last iteration; inf before the first
+
+    def __post_init__(self) -> None:
+        network, training = self.config.network, self.config.training
+        torch.manual_seed(training.seed)
+        # channels last is what the convolutions of CPUs and GPUs are fastest in
+        self.student = VNet(filters=network.filters, dropout=network.dropout).to(
+            self.device, memory_format=torch.channels_last_3d
+        )
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.registration = RegistrationNet().to(self.device, memory_format=torch.channels_last)
+        self.sgd = torch.optim.SGD(
+            self.student.parameters(), training.lr, training.momentum, weight_decay=training.weight_decay, fused=True
+        )
+        self.adam = torch.optim.Adam(
+            self.registration.parameters(), self.config.registration.registration_lr, fused=True
+        )
+        self.last_loss = torch.tensor(float("inf"), dtype=torch.float64, device=self.device)
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision for the segmentation networks; losses take their outputs in float32."""
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+
+@dataclass
+class Outputs:
+    """What one iteration shows of itself; tensors stay on the device until somebody looks."""
+
+    metrics: dict[str, Tensor | float]
+    registration: Tensor  # L_reg (L, h, w, d) uint8
+    fused: Tensor  # y (L, h, w, d) uint8
+    prediction: Tensor  # the student's, in training mode, on the supervised view (L, h, w, d) uint8
+    mixed: Tensor  # m (B, 1, h, w, d)
+    mask: Tensor  # M (B, h, w, d) bool, voxels of m
+
+
+def seed_for(seed: int, stage: int, position: int) -> int:
+    """One seed per iteration, so that a resumed run draws what an uninterrupted one would have drawn."""
+    return (seed * 2 + stage) * 1_000_003 + position
+
+
+def registration_epoch(state: State, batches: list[Batch]) -> Tensor:
+    """Stage 1: one epoch of registration pre-training; returns the last loss."""
+    torch.manual_seed(seed_for(state.config.training.seed, 1, state.epoch))
+    settings = state.config.registration
+    for batch in batches:
+        volumes = batch.image.to(state.device)[:, 0]
+        loss = registration_steps(
+            state.registration, state.adam, volumes, None, settings, state.amp
+        )
+    state.epoch += 1
+    return loss
+
+
+def joint_iteration(state: State, batch: Batch) -> Outputs:
+    """Stage 2, one iteration: the numbered steps are METHOD's."""
+    config, t = state.config, state.iteration
+    registration, selection, training = config.registration, config.selection, config.training
+    torch.manual_seed(seed_for(training.seed, 2, t))
+    channels_last = {"device": state.device, "memory_format": torch.channels_last_3d}
+    image, view1, view2 = (x.to(**channels_last) for x in (batch.image, batch.view1, batch.view2))
+    annotation, index = batch.annotation.to(state.device), batch.index.to(state.device)
+    labeled = len(annotation)
+    volumes = image[:, 0]
+    state.student.train()
+    state.teacher.train()  # its dropout is the Monte-Carlo dropout, its batch norm uses the batch
+
+    # 1. registration steps without labels
+    registration_loss = registration_steps(
+        state.registration, state.adam, volumes, None, registration, state.amp
+    )
+    # 2. registration labels
+    label_reg = registration_labels(
+        state.registration, volumes[:labeled], annotation, index, registration, state.amp
+    )
+
+    # 3. student on the clean view, teacher on the noisy one; the whole batch, for the batch norm's sake
+    with state.autocast():
+        logits_s = state.student(image)[:labeled].float()
+        with torch.no_grad():
+            logits_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].float()
+    foreground_t = logits_t.softmax(1)[:, 1]
+
+    # 5, first half: the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
+    height, width = image.shape[2:4]
+    box = selfpaced.random_box(height, width)
+    mixed = box.paste(view1, view2)
+    with state.autocast(), torch.no_grad():
+        pseudo_label = box.paste(state.teacher(view1), state.teacher(view2)).argmax(1)
+
+    # 4. SU: Monte-Carlo entropy, and the K least uncertain voxels of the batch
+    total = torch.zeros(len(image), 2, *image.shape[2:], device=state.device).contiguous(
+        memory_format=torch.channels_last_3d
+    )
+    for _ in range(selection.passes):
+        with state.autocast(), torch.no_grad():
+            logits = state.teacher(selfpaced.clipped_noise(mixed, selection))
+        accumulate_softmax(total, logits)
+    weight = selfpaced.ramp(t, selection)
+    epoch = t // max(1, config.data.n_labeled // training.batch_labeled)
+    lam = selfpaced.threshold(epoch, selection)
+    keep = selfpaced.keep_count(
+        image[0, 0].numel(), state.last_loss, lam, weight * selfpaced.tau(t, selection)
+    )
+    entropy, mask = uncertainty_mask(total, selection.passes, keep)
+
+    # 5, second half: student on m
+    with state.autocast():
+        encoded_m = state.student.encode(mixed)
+        decoded_m = state.student.decode(encoded_m)
+        logits_m = state.student.out_conv(state.student.dropout(decoded_m)).float()
+        features_m = state.student.project(encoded_m).float()
+        with torch.no_grad():
+            classes_m = state.student.class_map(decoded_m).float()
+
+    # 6. unsupervised loss over the selected voxels
+    ce_m, dice_m, dice_all = masked_ce_dice(logits_m, pseudo_label, mask, selection.unsupervised_ce)
+    loss_u = weight * (ce_m + dice_m)
+    state.last_loss = (ce_m + dice_all).detach().double()
+
+    # 7. SC: no loss needs A2's decoder, nor gradients through A1's
+    with state.autocast():
+        encoded_a = state.student.encode(view1)
+        features_a = state.student.project(encoded_a).float()
+        features_b = state.student.project(state.student.encode(view2)).float()
+        with torch.no_grad():
+            classes_a = state.student.class_map(state.student.decode(encoded_a)).float()
+    loss_c = weight * contrastive_loss(
+        features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature,
+        selection.contrast == "bidirectional",
+    )
+
+    # 8. fused labels, and the supervised loss on them
+    w_p = selfpaced.fusion_weight(t / training.iterations, training.fusion, training.fusion_power)
+    label_seg, label = fused_labels(label_reg, foreground_t, annotation, index, w_p)
+    weights = voxel_weights(
+        label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
+        training.label_weights == "truncated",
+    )
+    ce, dice = weighted_ce_dice(logits_s, label.long(), weights)
+    loss_s = 0.5 * (ce + 0.3 * dice)
+
+    # 9. one SGD step, then the teacher's moving average
+    loss = loss_s + loss_u + loss_c
+    for group in state.sgd.param_groups:
+        group["lr"] = training.lr * training.lr_factor ** (t // training.lr_every)
+    state.sgd.zero_grad(set_to_none=True)
+    loss.backward()
+    state.sgd.step()
+    update_teacher(state.teacher, state.student, t, training.ema)
+
+    # 10. registration steps on the fused labels
+    supervised_registration_loss = registration_steps(
+        state.registration, state.adam, volumes[:labeled], label, registration, state.amp
+    )
+    state.iteration += 1
+    return Outputs(
+        metrics={
+            "loss": loss.detach(), "loss_s": loss_s.detach(), "loss_u": loss_u.detach(), "loss_c": loss_c.detach(),
+            "loss_registration": registration_loss, "loss_registration_labels": supervised_registration_loss,
+            "loss_pace": state.last_loss, "lambda": lam, "w": weight, "w_p": w_p, "K": keep,
+            "entropy": entropy.mean(),
+        },
+        registration=label_reg, fused=label, prediction=logits_s.detach().argmax(1).to(torch.uint8),
+        mixed=mixed, mask=mask,
+    )
+
+
+def foreground_dice(prediction: Tensor, reference: Tensor) -> float:
+    """Dice of two binary labels, for monitoring; 1 if both are empty."""
+    prediction, reference = prediction > 0, reference.to(prediction.device) > 0
+    total = int(prediction.sum()) + int(reference.sum())
+    return 2 * int((prediction & reference).sum()) / total if total else 1.0
