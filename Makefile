@@ -1,0 +1,46 @@
+# make demo, make test and make bench each set up what they need, in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# the CPU build of torch installs in seconds; for a GPU: make demo TORCH=torch (the newest CUDA build)
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+OUT ?= runs/demo
+# a folder of its own per checkout, so that the demo's data never mixes with anybody's
+PHANTOMS ?= phantoms
+
+.PHONY: demo test bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: the build of the extension needs it, and no other requirement may pick another build
+$(VENV)/torch: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel ninja "$(TORCH)"
+	touch $@
+
+$(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/package-test: $(VENV)/package
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/package-bench: $(VENV)/package-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,bench]"
+	touch $@
+
+demo: $(VENV)/package
+	rm -rf $(OUT)
+	$(BIN)/python -m spss_fast.train --dataset phantom --data-dir $(PHANTOMS) --out $(OUT)
+	$(BIN)/python -m spss_fast.evaluate --run $(OUT)
+
+test: $(VENV)/package-test
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/package-bench
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+clean:
+	rm -rf $(VENV) build spss_fast/_C*.so

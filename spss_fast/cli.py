@@ -1,0 +1,59 @@
+"""What the commands share: flags made from the settings, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from spss_fast.config import SECTIONS
+from spss_fast.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line with a suggestion."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = "unrecognized arguments: "
+        if message.startswith(unknown):
+            flag = message.removeprefix(unknown).split()[0].split("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(flag, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists them"
+            message = f"unknown flag {flag}: {hint}"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
+    """One flag per setting, grouped by concern. A flag that is not given is absent from the parsed namespace."""
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(section, cls.__doc__)
+        for item in fields(cls):
+            if item.name in skip:
+                continue
+            default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+            shown = "" if default in (None, "") else f" (unless preset: {default})"
+            choices = item.metadata.get("choices")
+            group.add_argument(
+                "--" + item.name.replace("_", "-"), dest=item.name, default=argparse.SUPPRESS,
+                metavar="{" + ",".join(choices) + "}" if choices else "VALUE",
+                help=item.metadata["help"].replace("%", "%%") + shown,
+            )
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command: a ``UserError`` becomes one line on standard error and exit status 2."""
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,155 @@
+"""Train SPSS: ``python -m spss_fast.train --dataset {la,kits,phantom,folder} --data-dir DATA --out RUN``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spss_fast import cli
+from spss_fast.config import PRESETS, Config, resolve
+from spss_fast.data.dataset import Dataset, load
+from spss_fast.data.sampling import Sampler
+from spss_fast.engine import checkpoint
+from spss_fast.engine.device import resolve_amp, resolve_device
+from spss_fast.engine.evaluation import evaluate_labels, mean_and_sd, write_metrics
+from spss_fast.engine.inference import refresh_batch_norm
+from spss_fast.engine.preview import save_preview
+from spss_fast.engine.progress import Progress
+from spss_fast.engine.run_folder import RunFolder
+from spss_fast.engine.step import State, foreground_dice, joint_iteration, registration_epoch
+from spss_fast.errors import UserError
+
+DESCRIPTION = """Train a segmentation network from a folder of scans of which a few have ONE annotated slice.
+Settings come from the data set's preset, then --settings FILE.toml, then the flags below; the run folder keeps the
+resolved ones. --dataset phantom needs no data."""
+
+
+def parse(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Command line to a dictionary; settings that were not given are absent."""
+    parser = cli.Parser(prog="spss_fast.train", description=DESCRIPTION)
+    parser.add_argument("--dataset", choices=sorted(PRESETS), default="phantom", help="data set, and its preset")
+    parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/DATASET)")
+    parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="settings that override the preset")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    cli.add_settings(parser, skip=("dataset",))
+    return vars(parser.parse_args(arguments))
+
+
+def train(config: Config, out: Path, resume: bool = False, console: Console | None = None) -> State:
+    """Both stages on ``config``'s data, into the run folder ``out``; returns the final state.
+
+    With ``resume`` the run in ``out`` goes on from its last checkpoint, exactly as if it had not stopped. Raises
+    ``UserError`` for anything the user can mend, before any training starts.
+    """
+    console = console or Console()
+    folder = RunFolder(out)
+    if not resume:
+        folder.refuse_if_used()
+    device = resolve_device(config.training.device)
+    amp = resolve_amp(config.training.amp, device)
+    dataset = load(config, console)
+    state = State(config, device, amp)
+    if resume:
+        checkpoint.restore(state, checkpoint.read(folder.checkpoint, device))
+        folder.rewind("registration", state.epoch)
+        folder.rewind("joint", state.iteration)
+    else:
+        folder.create(config, device, dataset.describe())
+    precision = "float32" if amp is None else str(amp).removeprefix("torch.")
+    console.print(f"{dataset.summary()}; {device}, {precision}; run folder {out}", highlight=False, soft_wrap=True)
+    try:
+        pretrain_registration(state, dataset, folder, console)
+        train_jointly(state, dataset, folder, console)
+    except KeyboardInterrupt:
+        checkpoint.save(state, folder.checkpoint)
+        console.print(f"stopped at iteration {state.iteration}: --out {out} --resume goes on from here")
+        raise
+    finally:
+        folder.close()
+    return state
+
+
+def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, console: Console) -> None:
+    """Stage 1: epochs of registration steps on whole batches."""
+    config = state.config
+    batches = max(1, config.data.n_labeled // config.training.batch_labeled)
+    sampler = Sampler(dataset.labeled, dataset.unlabeled, config, config.training.seed + 1)
+    epochs = config.registration.registration_epochs
+    with Progress(console, "stage 1: registration", epochs, state.epoch) as progress:
+        while state.epoch < epochs:
+            loss = registration_epoch(state, [sampler.batch(state.epoch * batches + i) for i in range(batches)])
+            folder.log("registration", state.epoch, {"loss": float(loss)})
+            progress.update(state.epoch, f"loss {float(loss):.4f}")
+            if state.epoch % max(1, config.training.checkpoint_every // batches) == 0 or state.epoch == epochs:
+                checkpoint.save(state, folder.checkpoint)
+
+
+def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Console) -> None:
+    """Stage 2: the joint iterations, with metrics, previews and checkpoints on the way."""
+    config, training = state.config, state.config.training
+    sampler = Sampler(dataset.labeled, dataset.unlabeled, config, training.seed)
+    if state.iteration >= training.iterations:
+        return
+    with Progress(console, "stage 2: joint training", training.iterations, state.iteration) as progress:
+        while state.iteration < training.iterations:
+            batch = sampler.batch(state.iteration)
+            outputs = joint_iteration(state, batch)
+            t = state.iteration
+            if t % training.log_every == 0 or t == training.iterations:
+                row = {name: float(value) for name, value in outputs.metrics.items()}
+                if batch.reference is not None:
+                    row["dice_registration"] = foreground_dice(outputs.registration, batch.reference)
+                    row["dice_fused"] = foreground_dice(outputs.fused, batch.reference)
+                folder.log("joint", t, row)
+                progress.update(t, _status(row))
+            if t % training.preview_every == 0 or t == training.iterations:
+                save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t)
+            if t == training.iterations:
+                finish(state, dataset, sampler, folder, console)
+            if t % training.checkpoint_every == 0 or t == training.iterations:
+                checkpoint.save(state, folder.checkpoint)
+
+
+def finish(state: State, dataset: Dataset, sampler: Sampler, folder: RunFolder, console: Console) -> None:
+    """Settle the student's batch norm for inference, and measure the registration labels where they can be."""
+    refresh = state.config.training.refresh_batches
+    if refresh:
+        images = (sampler.batch(state.iteration + i).image.to(state.device) for i in range(refresh))
+        refresh_batch_norm(state.student, images, state.amp)
+    rows = evaluate_labels(
+        state.registration, dataset.labeled, state.config.registration, state.device, state.amp
+    )
+    if rows:
+        write_metrics(folder.path / "registration_labels.csv", rows)
+        mean, sd = mean_and_sd(rows)["dice"]
+        console.print(f"registration labels of the {len(rows)} annotated volumes: Dice {mean:.4f} ± {sd:.4f}")
+
+
+def _status(row: dict[str, float]) -> str:
+    text = f"L_s {row['loss_s']:.3f} L_u {row['loss_u']:.4f} L_c {row['loss_c']:.4f} K {row['K']:.0f}"
+    if "dice_fused" in row:
+        text += f" Dice reg {row['dice_registration']:.2f} fused {row['dice_fused']:.2f}"
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    given = parse(arguments)
+    dataset, out = given.pop("dataset"), given.pop("out")
+    settings, resume = given.pop("settings"), given.pop("resume")
+    out = out or Path("runs") / dataset
+    if resume:
+        if given or settings:
+            extra = ", ".join("--" + name.replace("_", "-") for name in given) or "--settings"
+            raise UserError(f"--resume goes on with the run's own settings: leave out {extra}")
+        config = checkpoint.config_of(checkpoint.read(RunFolder(out).checkpoint))
+    else:
+        config = resolve(dataset, given, settings)
+    train(config, out, resume)
+    print(f"done; measure it with: python -m spss_fast.evaluate --run {out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
