@@ -1,1 +1,11 @@
-"""The public operators of the method: warping, uncertainty selection, contrastive loss, label propagation, losses."""
+"""The public operators of the method: warping, uncertainty selection, contrastive loss, label propagation, losses.
+
+Each runs the fastest backend there is for its tensors' device (see :mod:`spss_fast.ops.backends`); ``backend("reference")``
+or the environment variable ``SPSS_FAST_BACKEND`` asks for another.
+"""
+
+from spss_fast.ops.backends import backend
+from spss_fast.ops.propagate import propagate
+from spss_fast.ops.warp import SpatialTransformer, integrate, warp
+
+__all__ = ["SpatialTransformer", "backend", "integrate", "propagate", "warp"]

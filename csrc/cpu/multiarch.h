@@ -1,0 +1,12 @@
+// SPSS_MULTIARCH before a hot function compiles it for baseline x86-64, AVX2 and AVX-512, and the loader picks the best
+// the machine has: one build is fast everywhere and crashes nowhere, which -march=native cannot offer.
+// SPSS_SIMD before a loop says its iterations are independent.
+#pragma once
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define SPSS_MULTIARCH __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define SPSS_MULTIARCH
+#endif
+
+#define SPSS_SIMD _Pragma("omp simd")

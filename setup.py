@@ -1,0 +1,64 @@
+"""Builds spss_fast._C from csrc/: the CPU operators always, the CUDA ones where torch has CUDA and nvcc is there.
+
+Without torch or without a C++ compiler the package is pure Python and runs on its reference (and Triton) operators.
+A compiler that is there but fails is an error: a build must not lose its fast operators in silence.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from glob import glob
+
+from setuptools import setup
+
+# One source for every x86-64: csrc/cpu/multiarch.h compiles the hot loops for several instruction sets and picks one
+# when the library is loaded, so there is no -march=native and the build runs on any machine of a cluster.
+HOST_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+CUDA_FLAGS = ["-O3", "-std=c++20"]
+
+
+def note(text: str) -> None:
+    print(f"spss_fast: {text}", file=sys.stderr)
+
+
+def has_cuda(torch, cuda_home: str | None) -> bool:
+    """Whether the CUDA operators can be built: torch's CUDA and nvcc must be of one major version."""
+    if torch.version.cuda is None or cuda_home is None:
+        return False
+    nvcc = os.path.join(cuda_home, "bin", "nvcc")
+    if not os.path.exists(nvcc):
+        return False
+    release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    if release is None or release.group(1) != torch.version.cuda.split(".")[0]:
+        note(f"CUDA operators left out: torch has CUDA {torch.version.cuda}, {nvcc} is of another major version")
+        return False
+    return True
+
+
+def extension() -> dict:
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        note("no torch at build time, so a pure-Python package; use pip install --no-build-isolation with torch there")
+        return {}
+    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+        note("no C++ compiler, so a pure-Python package")
+        return {}
+    cuda = has_cuda(torch, CUDA_HOME)
+    sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
+    if cuda:
+        sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
+    built = (CUDAExtension if cuda else CppExtension)(
+        "spss_fast._C",
+        sorted(sources),
+        include_dirs=[os.path.abspath("csrc"), os.path.abspath("spss_fast/ops")],
+        extra_compile_args={"cxx": HOST_FLAGS, "nvcc": CUDA_FLAGS},
+        extra_link_args=["-fopenmp"],
+    )
+    return {"ext_modules": [built], "cmdclass": {"build_ext": BuildExtension}}
+
+
+setup(**extension())
