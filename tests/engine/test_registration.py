@@ -1,0 +1,64 @@
+"""Registration: similarity against the vectors, pairs and flows against brute force, and that it learns a shift."""
+
+import torch
+
+from spss_fast.config import RegistrationSettings
+from spss_fast.engine import registration
+from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.ops.warp import warp
+
+
+def test_ncc_agrees_with_the_vectors(vectors):
+    archive = vectors("losses")
+    result = registration.negative_ncc(archive["image_a"], archive["image_b"])
+    torch.testing.assert_close(result.double(), archive["ncc"], rtol=1e-4, atol=1e-5)
+
+
+def test_soft_dice_of_equal_and_of_disjoint_maps():
+    torch.manual_seed(0)
+    mask = (torch.rand(4, 1, 8, 8) > 0.5).float()
+    assert registration.soft_dice_loss(mask, mask) < 1e-6
+    assert registration.soft_dice_loss(mask, 1 - mask) > 0.999
+
+
+def test_pairs_are_neighbours_in_both_directions_and_reach_every_slice():
+    torch.manual_seed(0)
+    volume, moving, fixed = registration.sample_pairs(torch.zeros(3, 4, 4, 7), 4000)
+    assert set((fixed - moving).tolist()) == {-1, 1}
+    assert set(volume.tolist()) == {0, 1, 2}
+    assert set(moving.tolist()) == set(fixed.tolist()) == set(range(7))
+
+
+def test_flows_of_one_batched_forward_are_those_of_each_pair():
+    torch.manual_seed(0)
+    network, volumes = RegistrationNet(), torch.randn(2, 32, 32, 4)
+    torch.nn.init.normal_(network.flow.weight, 0, 0.1)
+    up, down = registration.neighbour_flows(network, volumes, None)
+    assert up.shape == down.shape == (2, 3, 2, 32, 32)
+    for b in range(2):
+        for z in range(3):
+            lower, upper = (volumes[b, :, :, s][None, None] for s in (z, z + 1))
+            torch.testing.assert_close(up[b, z], network(lower, upper)[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(down[b, z], network(upper, lower)[0], rtol=1e-4, atol=1e-5)
+
+
+def _drifting_disk(slices: int = 8) -> torch.Tensor:
+    """A smooth disk that moves by one voxel a slice: (1, 32, 32, slices)."""
+    rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    disks = [torch.sigmoid(7 - ((rows - 12 - z) ** 2 + (columns - 16) ** 2) ** 0.5) for z in range(slices)]
+    return torch.stack(disks, -1)[None]
+
+
+def test_registration_learns_a_drift_and_labels_help():
+    torch.manual_seed(0)
+    network, volume = RegistrationNet(), _drifting_disk()
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3)
+    settings = RegistrationSettings(registration_steps=60, registration_pairs=8)
+    registration.registration_steps(network, optimizer, volume, None, settings, None)
+    labels = (volume > 0.5).to(torch.uint8)
+    registration.registration_steps(network, optimizer, volume, labels, settings, None)
+    up, _ = registration.neighbour_flows(network, volume, None)
+    moving, fixed = volume[0].movedim(-1, 0)[:-1, None], volume[0].movedim(-1, 0)[1:, None]
+    before = (moving - fixed).square().mean()
+    after = (warp(moving, up[0]) - fixed).square().mean()
+    assert after < 0.25 * before

@@ -1,0 +1,59 @@
+"""Paces against the released schedule, and the CutMix box and noise against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+from spss_fast.config import SelectionSettings
+from spss_fast.engine import selfpaced
+
+SETTINGS = SelectionSettings()
+
+
+def test_paces_agree_with_the_vectors(vectors):
+    for iteration, lam, last_loss, ramp, tau, keep in vectors("pace")["rows"].tolist():
+        assert selfpaced.ramp(int(iteration), SETTINGS) == pytest.approx(ramp, rel=1e-6)
+        assert selfpaced.tau(int(iteration), SETTINGS) == pytest.approx(tau, rel=1e-12)
+        pace = torch.tensor(math.inf if math.isnan(last_loss) else last_loss)
+        rate = selfpaced.ramp(int(iteration), SETTINGS) * selfpaced.tau(int(iteration), SETTINGS)
+        assert int(selfpaced.keep_count(112 * 112 * 80, pace, lam, rate)) == keep
+
+
+def test_threshold_grows_one_percent_an_epoch():
+    assert selfpaced.threshold(0, SETTINGS) == 0.1
+    assert selfpaced.threshold(100, SETTINGS) == pytest.approx(0.1 * 1.01**100)
+
+
+def test_teacher_outvotes_registration_after_five_percent_of_the_schedule():
+    before, after = (selfpaced.fusion_weight(t / 6000, 0.9, 0.2) for t in (300, 325))
+    assert before < 0.5 < after
+    assert selfpaced.fusion_weight(1, 0.9, 0.2) == 0.9
+
+
+def test_noise_is_clipped_and_fresh():
+    torch.manual_seed(0)
+    x = torch.zeros(100_000)
+    first, second = selfpaced.clipped_noise(x, SETTINGS), selfpaced.clipped_noise(x, SETTINGS)
+    assert first.abs().max() == pytest.approx(0.2)
+    assert 0.08 < first.std() < 0.1
+    assert not torch.equal(first, second)
+    assert (x == 0).all()
+
+
+def test_box_pastes_a_rectangle_through_every_slice():
+    onto, source = torch.zeros(2, 3, 10, 12, 4), torch.ones(2, 3, 10, 12, 4)
+    mixed = selfpaced.Box(2, 5, 3, 4).paste(onto, source)
+    expected = torch.zeros(10, 12)
+    expected[2:5, 5:9] = 1
+    assert torch.equal(mixed, expected[None, None, :, :, None].expand_as(mixed))
+    assert (onto == 0).all()
+
+
+def test_random_boxes_stay_inside_and_span_ten_to_ninety_percent():
+    torch.manual_seed(0)
+    boxes = [selfpaced.random_box(100, 50) for _ in range(2000)]
+    assert all(0 <= box.top and box.top + box.height <= 100 for box in boxes)
+    assert all(0 <= box.left and box.left + box.width <= 50 for box in boxes)
+    assert min(box.height for box in boxes) in (10, 11) and max(box.height for box in boxes) in (89, 90)
+    assert min(box.width for box in boxes) in (5, 6) and max(box.width for box in boxes) in (44, 45)
