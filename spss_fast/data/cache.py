@@ -10,23 +10,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spss_fast.config import DataSettings
 from spss_fast.data.geometry import Grid, resample, to_image
 from spss_fast.data.layouts import Case, read_case
+from spss_fast.data.parallel import parallel
 from spss_fast.data.preparation import foreground, prepare_scan
 from spss_fast.errors import UserError
 
@@ -112,7 +109,10 @@ def prepare(cases: list[Case], settings: DataSettings, progress: bool = True) ->
     failures = {}
     if missing:
         _make_root(root)
-        failures = _build_all(missing, settings, progress)
+        jobs = [(case, folder, settings) for case, folder in missing]
+        for position, failure in parallel(_build, jobs, settings.workers, "preparing scans", progress):
+            if failure:
+                failures[missing[position][0].name] = failure
     for case, folder in missing:
         if case.name not in failures:
             prepared = _load(case, folder)
@@ -165,42 +165,6 @@ def _load(case: Case, folder: Path) -> PreparedCase | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return PreparedCase(case.name, image, grid.spacing, case, grid, source, folder)
-
-
-def _build_all(missing: list[tuple[Case, Path]], settings: DataSettings, progress: bool) -> dict[str, str]:
-    """Prepares every case; the messages of those that failed, by name."""
-    workers = min(len(missing), settings.workers or available_cores())
-    failures: dict[str, str] = {}
-    columns = (TextColumn("preparing scans"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar, contextlib.ExitStack() as stack:
-        task = bar.add_task("", total=len(missing))
-        if workers > 1:
-            # spawn: a forked child would inherit ITK's and OpenMP's thread pools without their threads
-            context = multiprocessing.get_context("spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread))
-            stack.push(lambda kind, *_: pool.shutdown(cancel_futures=True) if kind else None)
-            jobs = {pool.submit(_build, case, folder, settings): case for case, folder in missing}
-            results = ((jobs[job], job.result()) for job in as_completed(jobs))
-        else:
-            results = ((case, _build(case, folder, settings)) for case, folder in missing)
-        try:
-            for case, failure in results:
-                if failure:
-                    failures[case.name] = failure
-                bar.advance(task)
-        except BrokenProcessPool as error:
-            raise UserError("a process that prepares scans was ended from outside, most likely for want of memory: "
-                            f"lower workers (now {workers})") from error
-    return failures
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _one_thread() -> None:
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 
 
 def _build(case: Case, folder: Path, settings: DataSettings) -> str | None:
