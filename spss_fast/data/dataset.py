@@ -51,9 +51,10 @@ def data_folder(config: Config, console: Console) -> Path:
     if settings.dataset != "phantom":
         return Path(settings.data_dir)
     folder = Path(settings.data_dir or PHANTOM_FOLDER)
-    if not folder.exists() or not any(folder.iterdir()):
-        console.print(f"writing {settings.phantoms} phantom volumes to {folder}")
-        write_phantoms(folder, settings.phantoms, config.training.seed)
+    # nothing where scans are; the rest of them where it was interrupted
+    written = write_phantoms(folder, settings.phantoms, config.training.seed)
+    if written:
+        console.print(f"wrote {written} phantom volumes to {folder}")
     return folder
 
 

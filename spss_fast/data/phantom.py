@@ -33,7 +33,7 @@ KITS_DIRECTION = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, -1.0, 0.0, 0.0)
 
 def write_phantoms(
     folder: Path, count: int, seed: int, shape: tuple[int, int, int] = (48, 128, 128),
-    spacing: tuple[float, float, float] = (5.0, 2.8, 2.8), workers: int = 0, progress: bool = True,
+    spacing: tuple[float, float, float] = (4.0, 2.8, 2.8), workers: int = 0, progress: bool = True,
 ) -> int:
     """Writes ``case_00000`` to ``count`` - 1 into ``folder``, each with an image and a label; returns how many.
 
