@@ -7,6 +7,7 @@ builds a configuration in this order, later ones winning: preset, laptop scaling
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -222,8 +223,8 @@ def _assign(config: Config, values: dict[str, Any], origin: str) -> None:
     names = _names()
     for name, value in values.items():
         if name not in names:
-            close = [known for known in names if name in known or known in name]
-            hint = f" (did you mean {', '.join(close)}?)" if close else " (train --help lists them)"
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f" (did you mean {close[0]}?)" if close else " (train --help lists them)"
             raise UserError(f"unknown setting {name} in {origin}{hint}")
         setattr(getattr(config, names[name]), name, _typed(name, value))
 

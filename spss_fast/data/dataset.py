@@ -10,10 +10,11 @@ from rich.console import Console
 
 from spss_fast.config import Config
 from spss_fast.data.cache import PreparedCase, prepare
-from spss_fast.data.layouts import find_cases
+from spss_fast.data.layouts import SOURCES, find_cases
 from spss_fast.data.phantom import write_phantoms
 from spss_fast.data.sampling import TrainingVolume, training_volumes, unlabeled_volumes
 from spss_fast.data.splits import Split, make_split
+from spss_fast.errors import UserError
 
 PHANTOM_FOLDER = "phantoms"  # in the working directory, where --data-dir is not given
 
@@ -49,6 +50,8 @@ def data_folder(config: Config, console: Console) -> Path:
     """The run's data folder; phantoms are written where there are none yet."""
     settings = config.data
     if settings.dataset != "phantom":
+        if not settings.data_dir:
+            raise UserError(f"--data-dir is missing: the folder with the scans of {settings.dataset}; {SOURCES}")
         return Path(settings.data_dir)
     folder = Path(settings.data_dir or PHANTOM_FOLDER)
     # nothing where scans are; the rest of them where it was interrupted

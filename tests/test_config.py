@@ -1,0 +1,70 @@
+"""Settings: what overrides what, what a file and a flag may say, and what the laptop variant scales."""
+
+import pytest
+
+from spss_fast.config import PRESETS, Config, from_dict, resolve, to_dict, to_toml
+from spss_fast.errors import UserError
+
+
+def test_presets_are_the_published_settings():
+    la, kits = resolve("la"), resolve("kits")
+    assert la.data.patch == (112, 112, 80) and kits.data.patch == (176, 176, 64)
+    assert kits.data.window == (-160.0, 240.0) and kits.data.resample == (192, 192, 64)
+    assert la.training == kits.training == Config().training and la.selection == Config().selection
+    assert (la.training.iterations, la.selection.passes, la.selection.negatives) == (6000, 8, 50)
+
+
+def test_a_flag_beats_the_file_and_the_file_beats_the_preset(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("[training]\niterations = 50\nlr = 0.02\n[data]\npatch = [64, 64, 16]\n")
+    config = resolve("kits", {"lr": "0.5"}, file)
+    assert (config.training.iterations, config.training.lr, config.data.patch) == (50, 0.5, (64, 64, 16))
+    assert config.data.body_crop is True
+
+
+@pytest.mark.parametrize("dataset", sorted(PRESETS))
+def test_settings_survive_toml_and_checkpoints(dataset, tmp_path):
+    config = resolve(dataset, {"n_labeled": 5, "foreground": "1,2"})
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config))
+    assert resolve(dataset, {}, file) == config == from_dict(to_dict(config))
+
+
+def test_the_laptop_variant_scales_lengths_and_schedule():
+    full, half = resolve("la"), resolve("la", {"downsample": 2})
+    assert half.data.patch == (64, 64, 48)
+    assert (half.registration.opening, half.registration.closing) == (3, 3)
+    assert half.registration.far_distance == full.registration.far_distance // 2
+    assert half.training.iterations < full.training.iterations
+    assert resolve("la", {"downsample": 2, "iterations": 6000}).training.iterations == 6000
+    assert resolve("kits", {"downsample": 2}).data.resample == (96, 96, 32)
+
+
+@pytest.mark.parametrize("values, said", [
+    ({"iteration": 5}, "unknown setting iteration in the command line .did you mean iterations"),
+    ({"iterations": "5.5"}, "setting iterations = '5.5'"),
+    ({"iterations": -1}, "must not be negative"),
+    ({"patch": "112,112"}, "needs 3 values"),
+    ({"patch": "100,112,80"}, "multiples of 16"),
+    ({"body_crop": "perhaps"}, "setting body_crop"),
+    ({"amp": "fp8"}, "choose one of"),
+    ({"window": "240,-160"}, "lower bound"),
+    ({"opening": 4}, "must be odd"),
+    ({"n_labeled": 1}, "at least batch_labeled"),
+    ({"downsample": 0}, "must be 1 or more"),
+])
+def test_values_that_do_not_fit_are_named(values, said):
+    with pytest.raises(UserError, match=said):
+        resolve("la", values)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("iterations = ", "not valid TOML"),
+    ("[trainig]\niterations = 5", "unknown table"),
+    ("speed = 5", "unknown setting speed"),
+])
+def test_bad_settings_files_are_named(text, said, tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"{said}(.|\n)*mine.toml|mine.toml(.|\n)*{said}"):
+        resolve("la", {}, file)

@@ -1,0 +1,203 @@
+"""The whole job on small phantoms: two commands, resuming, what training may see, and bad command lines."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from rich.console import Console
+
+from spss_fast import evaluate, train
+from spss_fast.config import resolve
+from spss_fast.data.phantom import write_phantoms
+from spss_fast.engine import checkpoint
+from spss_fast.errors import UserError
+
+SMALL = {
+    "n_labeled": 2, "n_test": 2, "phantoms": 6, "patch": (32, 32, 16), "resample": (32, 32, 16), "filters": 2,
+    "iterations": 3, "registration_epochs": 1, "registration_steps": 2, "registration_pairs": 4, "passes": 2,
+    "negatives": 5, "log_every": 1, "preview_every": 2, "checkpoint_every": 2, "refresh_batches": 1, "workers": 1,
+    "amp": "off", "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, 6, 0, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def settings(phantoms, cache) -> dict:
+    return SMALL | {"data_dir": str(phantoms), "cache_dir": str(cache)}
+
+
+def _train(settings: dict, out: Path, **options) -> dict:
+    train.train(resolve("phantom", settings), out, console=Console(quiet=True), **options)
+    return checkpoint.read(out / "checkpoints" / "last.pt")
+
+
+def _flags(settings: dict) -> list[str]:
+    def text(value) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return [part for name, value in settings.items() for part in ("--" + name.replace("_", "-"), text(value))]
+
+
+def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(["--dataset", "phantom", "--out", str(run), *_flags(settings)])
+    assert "registration labels of the 2 annotated volumes: Dice" in capsys.readouterr().out
+    assert resolve("phantom", {}, run / "config.toml") == resolve("phantom", settings)
+    recorded = json.loads((run / "cases.json").read_text())
+    assert len(recorded["annotated"]) == len(recorded["test"]) == 2 and recorded["held_out"]
+    assert not set(recorded["train"]) & set(recorded["test"])
+    assert json.loads((run / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+    with (run / "joint.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3]
+    assert all(np.isfinite(float(value)) for row in rows for value in row.values())
+    assert 0 <= float(rows[-1]["dice_fused"]) <= 1 and float(rows[-1]["loss_s"]) > 0
+    assert sorted(path.name for path in (run / "previews").iterdir()) == ["000002.png", "000003.png"]
+    assert list(run.glob("events.out.tfevents.*"))
+    assert not [path for path in run.rglob(".*") if path.is_file()]  # no half-written file stays
+
+    evaluate.main(["--run", str(run)])
+    shown = capsys.readouterr().out
+    assert "2 held-out cases" in shown and "registration labels of 2 annotated training volumes" in shown
+    with (run / "evaluation.csv").open() as file:
+        assert sorted(row["case"] for row in csv.DictReader(file)) == recorded["test"]
+
+
+def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
+    _train(settings, tmp_path / "run")
+    shutil.copytree(phantoms / "case_00001", tmp_path / "other" / "case_00001")
+    rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert list(rows) == ["case_00001"] and "other" in meaning
+    (tmp_path / "other" / "case_00001" / "segmentation.nii.gz").unlink()
+    with pytest.raises(UserError, match="full label"):
+        evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+
+
+def _weights(content: dict) -> list[torch.Tensor]:
+    return [value for part in ("student", "teacher", "registration") for value in content[part].values()]
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, tmp_path, monkeypatch):
+    whole = _train(settings, tmp_path / "whole")
+    iterate = train.joint_iteration
+
+    def interrupted(state, batch):
+        if state.iteration == 2:
+            raise KeyboardInterrupt
+        return iterate(state, batch)
+
+    monkeypatch.setattr(train, "joint_iteration", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _train(settings, tmp_path / "parts")
+    assert checkpoint.read(tmp_path / "parts" / "checkpoints" / "last.pt")["iteration"] == 2
+    monkeypatch.setattr(train, "joint_iteration", iterate)
+    parts = _train(settings, tmp_path / "parts", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(parts)))
+    joint = [(tmp_path / name / "joint.csv").read_text() for name in ("whole", "parts")]
+    assert joint[0] == joint[1]
+
+
+def test_training_sees_one_slice_per_annotated_case_and_nothing_more(settings, phantoms, tmp_path):
+    """Full labels are altered everywhere but in the annotated slices: no weight may notice."""
+    altered = tmp_path / "altered"
+    shutil.copytree(phantoms, altered)
+    slices = {}
+    for path in sorted(altered.glob("case_*/segmentation.nii.gz")):
+        image = sitk.ReadImage(str(path))
+        label = sitk.GetArrayFromImage(image)  # KiTS19's slice axis is the last one here, where SimpleITK reverses axes
+        annotated = int(np.argmax((label > 0).sum((0, 1))))
+        slices[path.parent.name] = annotated
+        changed = np.where(np.arange(label.shape[2]) == annotated, label, (label == 0).astype(label.dtype))
+        out = sitk.GetImageFromArray(changed)
+        out.CopyInformation(image)
+        sitk.WriteImage(out, str(path))
+    table = tmp_path / "slices.csv"
+    split = json.loads(_cases(settings, tmp_path / "probe").read_text())
+    rows = [f"{name},{slices[name]}" for name in split["train"][:2]]
+    table.write_text("\n".join(["case,slice", *rows]) + "\n")
+    lists = {part: "\n".join(split[part]) + "\n" for part in ("train", "test")}
+    contents = []
+    for name, source in (("original", phantoms), ("altered", altered)):
+        folder = tmp_path / f"data_{name}"
+        shutil.copytree(source, folder)
+        for part, text in lists.items():
+            (folder / f"{part}.list").write_text(text)
+        contents.append(_train(settings | {"data_dir": str(folder), "annotations": str(table)}, tmp_path / name))
+    assert all(torch.equal(a, b) for a, b in zip(_weights(contents[0]), _weights(contents[1])))
+
+
+def _cases(settings: dict, out: Path) -> Path:
+    _train(settings | {"iterations": 1}, out)
+    return out / "cases.json"
+
+
+def test_half_precision_trains(settings, tmp_path):
+    content = _train(settings | {"amp": "bf16"}, tmp_path / "run")
+    assert content["iteration"] == 3 and all(torch.isfinite(value).all() for value in _weights(content))
+
+
+def test_an_old_run_is_not_overwritten(settings, tmp_path):
+    run = tmp_path / "run"
+    _train(settings, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="already holds a run: add --resume"):
+        _train(settings, run)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--datset", "la"], "unknown flag --datset: did you mean --dataset?"),
+    (["--dataset", "brats"], "invalid choice: 'brats'"),
+    (["--dataset", "la"], "--data-dir"),
+    (["--dataset", "la", "--data-dir", "nowhere"], "the data folder nowhere does not exist"),
+    (["--dataset", "phantom", "--iterations", "many"], "setting iterations = 'many'"),
+    (["--dataset", "phantom", "--patch", "40,40,16"], "multiples of 16"),
+    (["--dataset", "phantom", "--similarity", "ssd"], "choose one of mse, ncc"),
+    (["--dataset", "phantom", "--device", "cuda:99"], "device cuda:99 cannot be used"),
+    (["--dataset", "phantom", "--settings", "none.toml"], "cannot read the settings file none.toml"),
+    (["--out", "empty", "--resume"], "no checkpoint at empty"),
+])
+def test_bad_command_lines_end_in_one_line_and_write_nothing(arguments, said, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "spss_fast.train", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_resume_keeps_the_runs_own_settings(tmp_path):
+    with pytest.raises(UserError, match="leave out --iterations"):
+        train.main(["--out", str(tmp_path), "--resume", "--iterations", "5"])
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*last\.pt"):
+        train.main(["--out", str(tmp_path), "--resume"])
+
+
+def test_evaluate_names_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="is this the folder of a run"):
+        evaluate.main(["--run", str(tmp_path)])
+    with pytest.raises(UserError, match="three voxel counts"):
+        evaluate.main(["--run", str(tmp_path), "--stride", "4,4"])
