@@ -1,10 +1,14 @@
-"""What tests share: the folder of real scans and reference vectors that lies beside the checkout, where there is one."""
+"""What tests share: the folder of real scans and reference vectors that lies beside the checkout, if there is one."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -1,7 +1,7 @@
 """The public operators of the method: warping, uncertainty selection, contrastive loss, label propagation, losses.
 
-Each runs the fastest backend there is for its tensors' device (see :mod:`spss_fast.ops.backends`); ``backend("reference")``
-or the environment variable ``SPSS_FAST_BACKEND`` asks for another.
+Each runs the fastest backend there is for its tensors' device (see :mod:`spss_fast.ops.backends`);
+``backend("reference")`` or the environment variable ``SPSS_FAST_BACKEND`` asks for another.
 """
 
 from spss_fast.ops.backends import backend

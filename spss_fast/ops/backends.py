@@ -1,9 +1,9 @@
 """Which implementation of each operator runs on which device: one table, one environment variable, one context manager.
 
 Every operator is ``torch.ops.spss_fast.<name>``. Its kernels come from the compiled extension (backends ``cpu`` and
-``cuda``, csrc/) and from ``spss_fast.kernels`` (backend ``triton``); ``reference`` is the plain PyTorch definition beside
-the public function, which that function calls directly. ``TABLE`` lists, per operator and device, what there is, the
-measured winner first; what runs is the first that exists on this machine, unless ``SPSS_FAST_BACKEND`` or
+``cuda``, csrc/) and from ``spss_fast.kernels`` (backend ``triton``); ``reference`` is the plain PyTorch definition
+beside the public function, which that function calls directly. ``TABLE`` lists, per operator and device, what there is,
+the measured winner first; what runs is the first that exists on this machine, unless ``SPSS_FAST_BACKEND`` or
 ``backend(...)`` prefers another.
 """
 
