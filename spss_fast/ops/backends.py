@@ -29,11 +29,19 @@ VARIABLE = "SPSS_FAST_BACKEND"
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "warp": {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")},
     "propagate": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
+    "uncertainty": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
+    "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
+    "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
 }
 # public operator -> the torch.ops.spss_fast.* it is made of; kernels/<operator>.py has Triton functions of these names
 PARTS: dict[str, tuple[str, ...]] = {
     "warp": ("warp", "warp_backward"),
     "propagate": ("propagate",),
+    "uncertainty": ("accumulate_softmax", "uncertainty_mask"),
+    "contrastive": ("select_prototypes", "contrastive_loss"),
+    "losses": (
+        "masked_ce_dice", "masked_ce_dice_backward", "weighted_ce_dice", "weighted_ce_dice_backward",
+    ),
 }
 
 _preferred: str | None = None
