@@ -47,7 +47,7 @@ def _corner(position, last, stride, BORDER: tl.constexpr):
     fraction = inside - low
     if BORDER:
         weight0, weight1 = 1 - fraction, fraction
-        slope1 = tl.where((position < 0) | (position > last), 0.0, 1.0)
+        slope1 = tl.where((position >= 0) & (position <= last), 1.0, 0.0)
         slope0 = -slope1
     else:
         out0, out1 = (low < 0) | (low > last), (high < 0) | (high > last)
@@ -66,7 +66,10 @@ def _nearest(position, last, stride, BORDER: tl.constexpr):
     odd = low - 2 * tl.floor(low / 2) == 1
     nearest = tl.where((fraction > 0.5) | ((fraction == 0.5) & odd), low + 1, low)
     nearest = tl.where(fraction == fraction, nearest, position)  # NaN stays NaN
-    return _index(nearest, last) * stride, (nearest >= 0) & (nearest <= last) | (nearest != nearest)
+    inside = (nearest >= 0) & (nearest <= last)
+    if BORDER:
+        inside = inside | (nearest != nearest)
+    return _index(nearest, last) * stride, inside
 
 
 @triton.jit

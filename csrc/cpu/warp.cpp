@@ -49,11 +49,11 @@ struct Grid {
   }
 };
 
-// What one row needs: its place, its displacements (component i at shift + i * shift_axis) and the image's strides.
+// What one row needs: its place, its displacements (component i at shift + i * shift_axis) and the image's axes.
 template <typename T, typename Index, int nd>
 struct Row {
-  T origin[nd], last[nd];
-  Index stride[nd];
+  T origin[nd];
+  Axis<T, Index> axes[nd];
   const T* shift;
   int64_t shift_axis, shift_step;
   int64_t length;
@@ -62,8 +62,7 @@ struct Row {
     const auto at = grid.position(row);
     for (int axis = 0; axis < nd; ++axis) {
       origin[axis] = static_cast<T>(at[axis]);
-      last[axis] = static_cast<T>(grid.sides[axis] - 1);
-      stride[axis] = static_cast<Index>(grid.image_strides[axis]);
+      axes[axis] = Axis<T, Index>(grid.sides[axis], grid.image_strides[axis]);
       shift += at[axis] * grid.shift_strides[axis];
     }
     shift_axis = grid.shift_axis;
@@ -81,22 +80,22 @@ SPSS_HD T position_of(const Row<T, Index, nd>& row, int axis, int64_t j, int64_t
 template <bool border, typename T, typename Index, int nd>
 SPSS_HD void find_corners(const Row<T, Index, nd>& row, int64_t j, int64_t step, Corner<T, Index>* corners) {
   for (int axis = 0; axis < nd; ++axis)
-    corners[axis] = bilinear_corner<border>(position_of(row, axis, j, step), row.last[axis], row.stride[axis]);
+    corners[axis] = bilinear_corner<border>(position_of(row, axis, j, step), row.axes[axis]);
 }
 
 template <bool border, bool nearest, typename T, typename Index, int nd>
 SPSS_HD T value_at(const Row<T, Index, nd>& row, const T* image, int64_t j, int64_t step) {
   if constexpr (nearest) {
     Index offset = 0;
-    bool inside = true;
+    int inside = 1;
     for (int axis = 0; axis < nd; ++axis)
-      offset += nearest_offset<border>(position_of(row, axis, j, step), row.last[axis], row.stride[axis], inside);
+      offset += nearest_offset<border>(position_of(row, axis, j, step), row.axes[axis], inside);
     const T value = image[offset];
     return inside ? value : T(0);
   } else {
     Corner<T, Index> corners[nd];
     find_corners<border>(row, j, step, corners);
-    return interpolate<0, nd>(image, corners, Index(0));
+    return interpolate<0, nd>(image, corners, row.axes, lower<nd>(corners));
   }
 }
 
@@ -111,41 +110,73 @@ SPSS_MULTIARCH void forward_row(const Row<T, Index, nd>& row, const T* __restric
   }
 }
 
-// Adds grad * d image(p + u) / d u to the row's nd components, `component` apart.
-template <bool border, typename T, typename Index, int nd>
+template <bool border, bool first, typename T, typename Index, int nd>
+SPSS_HD void put_slopes(
+    const Row<T, Index, nd>& row, const T* __restrict image, const T* __restrict grad, T* __restrict out,
+    int64_t component, int64_t j, int64_t step) {
+  Corner<T, Index> corners[nd];
+  find_corners<border>(row, j, step, corners);
+  const Jet<T, nd> jet = interpolate_jet<0, nd, T>(image, corners, row.axes, lower<nd>(corners));
+  for (int axis = 0; axis < nd; ++axis) {
+    const T value = grad[j] * jet.slope[axis];
+    out[axis * component + j] = first ? value : out[axis * component + j] + value;
+  }
+}
+
+// Adds grad * d image(p + u) / d u to the row's nd components, `component` apart; the first channel writes them.
+template <bool border, bool first, typename T, typename Index, int nd>
 SPSS_MULTIARCH void displacement_row(
     const Row<T, Index, nd>& row, const T* __restrict image, const T* __restrict grad, T* __restrict out,
     int64_t component) {
   const Row<T, Index, nd> local = row;
-  const auto one = [&](int64_t j, int64_t step) __attribute__((always_inline)) {
-    Corner<T, Index> corners[nd];
-    find_corners<border>(local, j, step, corners);
-    const Jet<T, nd> jet = interpolate_jet<0, nd, T>(image, corners, Index(0));
-    for (int axis = 0; axis < nd; ++axis) out[axis * component + j] += grad[j] * jet.slope[axis];
-  };
   if (local.shift_step == 1) {
     SPSS_SIMD
-    for (int64_t j = 0; j < local.length; ++j) one(j, 1);
+    for (int64_t j = 0; j < local.length; ++j) put_slopes<border, first>(local, image, grad, out, component, j, 1);
   } else {
-    for (int64_t j = 0; j < local.length; ++j) one(j, local.shift_step);
+    for (int64_t j = 0; j < local.length; ++j)
+      put_slopes<border, first>(local, image, grad, out, component, j, local.shift_step);
   }
 }
 
+constexpr int kChunk = 64;
+
+// Adds one row's gradients to the voxels they came from. Offsets and weights come first, vectorised; the scattered sums
+// that no vector unit has follow voxel by voxel.
 template <bool border, bool nearest, typename T, typename Index, int nd>
 SPSS_MULTIARCH void image_row(const Row<T, Index, nd>& row, const T* __restrict grad, T* __restrict out) {
   const Row<T, Index, nd> local = row;
-  for (int64_t j = 0; j < local.length; ++j) {
+  alignas(64) Index offset[kChunk];
+  alignas(64) T weight[nd][2][kChunk];
+  for (int64_t start = 0; start < local.length; start += kChunk) {
+    const int64_t count = std::min<int64_t>(kChunk, local.length - start);
     if constexpr (nearest) {
-      Index offset = 0;
-      bool inside = true;
-      for (int axis = 0; axis < nd; ++axis)
-        offset += nearest_offset<border>(
-            position_of(local, axis, j, local.shift_step), local.last[axis], local.stride[axis], inside);
-      if (inside) out[offset] += grad[j];
-    } else {
+      for (int64_t j = start; j < start + count; ++j) {
+        Index to = 0;
+        int inside = 1;
+        for (int axis = 0; axis < nd; ++axis)
+          to += nearest_offset<border>(position_of(local, axis, j, local.shift_step), local.axes[axis], inside);
+        if (inside) out[to] += grad[j];
+      }
+      continue;
+    }
+    SPSS_SIMD
+    for (int64_t j = 0; j < count; ++j) {
       Corner<T, Index> corners[nd];
-      find_corners<border>(local, j, local.shift_step, corners);
-      spread<0, nd>(corners, Index(0), grad[j], [&](Index offset, T value) { out[offset] += value; });
+      find_corners<border>(local, start + j, local.shift_step, corners);
+      offset[j] = lower<nd>(corners);
+      for (int axis = 0; axis < nd; ++axis) {
+        weight[axis][0][j] = corners[axis].weight0;
+        weight[axis][1][j] = corners[axis].weight1;
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      Corner<T, Index> corners[nd];
+      for (int axis = 0; axis < nd; ++axis) {
+        corners[axis].weight0 = weight[axis][0][j];
+        corners[axis].weight1 = weight[axis][1][j];
+      }
+      T* const target = out + offset[j];
+      spread<0, nd>(corners, local.axes, Index(0), grad[start + j], [&](Index to, T value) { target[to] += value; });
     }
   }
 }
@@ -228,10 +259,12 @@ std::tuple<Tensor, Tensor> warp_backward(
   TORCH_CHECK_TYPE(grad.scalar_type() == image.scalar_type(), "grad must be of image's dtype");
   const Tensor source = widened(image), upstream = widened(grad).contiguous();
   Tensor for_image = image_grad ? at::zeros(image.sizes(), source.options()) : at::empty({0}, source.options());
-  Tensor for_displacement = displacement_grad ? at::zeros(displacement.sizes(), displacement.options())
-                                              : at::empty({0}, displacement.options());
+  const bool slopes = displacement_grad && mode != "nearest" && grad.numel() > 0;
+  Tensor for_displacement = !displacement_grad ? at::empty({0}, displacement.options())
+      : slopes                                 ? at::empty(displacement.sizes(), displacement.options())
+                                               : at::zeros(displacement.sizes(), displacement.options());
   if (grad.numel() == 0) return {for_image.to(image.scalar_type()), for_displacement};
-  if (displacement_grad && mode != "nearest") {
+  if (slopes) {
     choose(source, mode, padding, [&](auto border, auto, auto zero, auto index, auto dimensions) {
       using T = decltype(zero);
       constexpr int nd = decltype(dimensions)::value;
@@ -244,11 +277,12 @@ std::tuple<Tensor, Tensor> warp_backward(
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = i / grid.rows, r = i % grid.rows;
           const Row<T, decltype(index), nd> row(grid, shifts + b * displacement.stride(0), r);
-          for (int64_t c = 0; c < grid.channels; ++c)
-            displacement_row<border.value>(
-                row, values + b * source.stride(0) + c * grid.image_channel,
-                grads + (b * grid.channels + c) * grid.voxels + r * grid.row_length,
-                result + b * nd * grid.voxels + r * grid.row_length, grid.voxels);
+          const T* from = values + b * source.stride(0);
+          const T* up = grads + b * grid.channels * grid.voxels + r * grid.row_length;
+          T* to = result + b * nd * grid.voxels + r * grid.row_length;
+          displacement_row<border.value, true>(row, from, up, to, grid.voxels);
+          for (int64_t c = 1; c < grid.channels; ++c)
+            displacement_row<border.value, false>(row, from + c * grid.image_channel, up + c * grid.voxels, to, grid.voxels);
         }
       });
     });

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spss_fast.ops import backends
 from spss_fast.ops.warp import reference as warp_reference
 
 
@@ -61,17 +62,14 @@ def reference(
     labels: Tensor, index: Tensor, flow_up: Tensor, flow_down: Tensor,
     opening: int = 5, closing: int = 5, far_distance: int = 10, far_iterations: int = 5,
 ) -> Tensor:
-    """The definition in plain PyTorch.
-
-    ``labels`` (B, H, W) uint8/bool: the annotated slices. ``index`` (B,) int64: z* of each. ``flow_up`` and
-    ``flow_down`` (B, D - 1, 2, H, W) in voxels: displacement [b, z] takes slice z to z + 1, respectively z + 1 to z.
-    Returns uint8 (B, H, W, D). The annotated slice itself is returned as given.
-    """
+    """The definition in plain PyTorch."""
     batch, height, width = labels.shape
     depth = flow_up.shape[1] + 1
     out = torch.zeros(batch, height, width, depth, dtype=torch.uint8, device=labels.device)
-    for i in range(batch):
+    for i in range(batch if out.numel() else 0):
         start = int(index[i])
+        if not 0 <= start < depth:
+            raise ValueError(f"index must lie in [0, {depth}), not {start}")
         out[i, :, :, start] = labels[i] > 0
         for step, flows, stop in ((1, flow_up, depth), (-1, flow_down, -1)):
             current = labels[i] > 0
@@ -83,4 +81,79 @@ def reference(
     return out
 
 
-propagate = reference
+def _check(labels, index, flow_up, flow_down, opening, closing, far_distance, far_iterations) -> None:
+    tensors = {"labels": labels, "index": index, "flow_up": flow_up, "flow_down": flow_down}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.device != labels.device:
+            raise ValueError(f"{name} is on {tensor.device}, but labels on {labels.device}")
+    if labels.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"labels must be uint8 or bool, not {labels.dtype}")
+    if labels.ndim != 3:
+        raise ValueError(f"labels must be (B, H, W), not of shape {tuple(labels.shape)}")
+    if index.dtype != torch.int64:
+        raise TypeError(f"index must be int64, not {index.dtype}")
+    if tuple(index.shape) != (labels.shape[0],):
+        raise ValueError(f"index must be of shape ({labels.shape[0]},), not {tuple(index.shape)}")
+    if not flow_up.is_floating_point():
+        raise TypeError(f"flow_up must be of a floating dtype, not {flow_up.dtype}")
+    if flow_down.dtype != flow_up.dtype:
+        raise TypeError(f"flow_down must be of flow_up's dtype {flow_up.dtype}, not {flow_down.dtype}")
+    batch, height, width = labels.shape
+    if flow_up.ndim != 5 or tuple(flow_up.shape) != (batch, flow_up.shape[1], 2, height, width):
+        raise ValueError(
+            f"flow_up must be (B, D - 1, 2, H, W) with B, H, W = {batch}, {height}, {width}, not {tuple(flow_up.shape)}"
+        )
+    if flow_down.shape != flow_up.shape:
+        raise ValueError(f"flow_down must be of flow_up's shape {tuple(flow_up.shape)}, not {tuple(flow_down.shape)}")
+    for name, value in (("opening", opening), ("closing", closing)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        if value < 1 or value % 2 == 0:
+            raise ValueError(f"{name} must be odd and positive, not {value}")
+    for name, value in (("far_distance", far_distance), ("far_iterations", far_iterations)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, not {value}")
+
+
+def propagate(
+    labels: Tensor, index: Tensor, flow_up: Tensor, flow_down: Tensor,
+    opening: int = 5, closing: int = 5, far_distance: int = 10, far_iterations: int = 5,
+) -> Tensor:
+    """The whole slice chains of a batch of volumes, both directions, in one call (on a GPU: one launch).
+
+    Args:
+        labels: (B, H, W) uint8 or bool, the annotated slices; what is > 0 is foreground.
+        index: (B,) int64, z* of each volume, in [0, D). On a GPU it is not read on the host: a volume whose index is
+            out of range comes back empty there.
+        flow_up: (B, D - 1, 2, H, W) floating, in voxels: displacement [b, z] takes slice z to z + 1.
+        flow_down: the same shape and dtype: displacement [b, z] takes slice z + 1 to z. Half types are read as they
+            are and computed with in float32.
+        opening: width of the cross that opens a slice, odd; 1 leaves it as it is.
+        closing: width of the square that closes far slices, odd; 1 leaves them as they are.
+        far_distance: slices further than this from z* count as far.
+        far_iterations: on far slices the opening is so many erosions, then as many dilations.
+
+    Returns:
+        uint8 (B, H, W, D), 0 or 1; slice z* is the annotation itself. Of equally large components the first in raster
+        order is kept; an empty slice stays empty to its end of the volume. There are no gradients.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    settings = (opening, closing, far_distance, far_iterations)
+    _check(labels, index, flow_up, flow_down, *settings)
+    if backends.use_reference("propagate", labels):
+        if flow_up.dtype in (torch.bfloat16, torch.float16):
+            flow_up, flow_down = flow_up.float(), flow_down.float()
+        return reference(labels, index, flow_up, flow_down, *settings)
+    return torch.ops.spss_fast.propagate(labels, index, flow_up, flow_down, *settings)
+
+
+@torch.library.register_fake("spss_fast::propagate")
+def _(labels, index, flow_up, flow_down, opening, closing, far_distance, far_iterations):
+    batch, height, width = labels.shape
+    return labels.new_empty((batch, height, width, flow_up.shape[1] + 1), dtype=torch.uint8)

@@ -21,7 +21,7 @@ def reference(image: Tensor, displacement: Tensor, mode: str = "bilinear", paddi
     spatial = image.shape[2:]
     axes = [torch.arange(side, device=image.device, dtype=displacement.dtype) for side in spatial]
     position = torch.stack(torch.meshgrid(*axes, indexing="ij")) + displacement  # (B, nd, *spatial)
-    if padding == "border":
+    if padding == "border":  # clamped indices do the rest
         position = torch.stack([position[:, i].clamp(0, side - 1) for i, side in enumerate(spatial)], 1)
     flat = image.flatten(2).to(displacement.dtype)
 
@@ -29,13 +29,12 @@ def reference(image: Tensor, displacement: Tensor, mode: str = "bilinear", paddi
         outside = torch.zeros_like(corner[0], dtype=torch.bool)
         index = torch.zeros_like(corner[0], dtype=torch.long)
         for coordinate, side in zip(corner, spatial):
-            outside = outside | (coordinate < 0) | (coordinate > side - 1)
+            outside = outside | ~((coordinate >= 0) & (coordinate <= side - 1))  # NaN is outside
             index = index * side + coordinate.nan_to_num(0).clamp(0, side - 1).long()
         values = flat.gather(2, index.flatten(1)[:, None].expand(-1, image.shape[1], -1)).view_as(image)
-        if weight is not None:
-            values = values * weight[:, None]
-        # With border padding only an upper corner of weight 0 is outside, and its clamped value is the border's.
-        return values if padding == "border" else values.masked_fill(outside[:, None], 0)
+        if padding == "zeros":  # with "border" only an upper corner of weight 0 is outside: the border's value again
+            values = values.masked_fill(outside[:, None], 0)
+        return values if weight is None else values * weight[:, None]
 
     if mode == "nearest":
         return at([position[:, i].round() for i in range(len(spatial))]).to(image.dtype)

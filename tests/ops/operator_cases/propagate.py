@@ -23,7 +23,11 @@ def _make(shape, dtype, generator):
     labels[2:3, ::3, ::3] = 1  # isolated voxels: components of one size
     index = torch.randint(0, depth, (batch,), generator=generator)
     index[:1], index[-1:] = 0, depth - 1
-    flows = [torch.randn(batch, depth - 1, 2, height, width, generator=generator).to(dtype) for _ in range(2)]
+    flows = []
+    for _ in range(2):
+        drift = torch.randn(batch, depth - 1, 2, 1, 1, generator=generator)
+        noise = torch.randn(batch, depth - 1, 2, height, width, generator=generator)
+        flows.append((drift + 0.3 * noise).to(dtype))
     return labels, index, *flows
 
 

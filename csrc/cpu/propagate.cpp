@@ -1,0 +1,158 @@
+// propagate on the CPU: the two directions of every volume in parallel, each slice as bits in the first-level cache.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/multiarch.h"
+#include "math/propagate.h"
+
+namespace spss {
+namespace {
+
+using at::Tensor;
+
+struct Alone {
+  static constexpr int rank = 0, size = 1;
+
+  SPSS_HD void sync() const {}
+  SPSS_HD int minimum(int* value, int other) const {
+    const int old = *value;
+    *value = std::min(old, other);
+    return old;
+  }
+  SPSS_HD void add(int* value, int other) const { *value += other; }
+  SPSS_HD void maximum(unsigned long long* value, unsigned long long other) const { *value = std::max(*value, other); }
+};
+
+template <typename Flow, typename T>
+SPSS_HD void warp_slice(const Plane& plane, const Word* __restrict bits, Word* __restrict out, const Flow* __restrict flow) {
+  const Axis<T, int> rows(plane.height, 1), columns(plane.width, 1);
+  const Flow* __restrict across = flow + static_cast<int64_t>(plane.height) * plane.width;
+  for (int y = 0; y < plane.height; ++y)
+    for (int word = 0; word < plane.words; ++word) {
+      const int start = word * kWordBits, count = std::min(kWordBits, plane.width - start);
+      const Flow* dy = flow + static_cast<int64_t>(y) * plane.width + start;
+      const Flow* dx = across + static_cast<int64_t>(y) * plane.width + start;
+      Word packed = 0;
+      _Pragma("omp simd reduction(| : packed)")
+      for (int j = 0; j < count; ++j)
+        packed |= nearest_bit<T>(
+                      bits, plane, rows, columns, static_cast<T>(y) + static_cast<T>(dy[j]),
+                      static_cast<T>(start + j) + static_cast<T>(dx[j]))
+            << j;
+      out[y * plane.words + word] = packed;
+    }
+}
+
+// Carries the slice at `index` to one end of the volume; slice z is stored at slices + z * plane.size().
+template <typename Flow, typename T>
+SPSS_MULTIARCH void chain(
+    const Plane& plane, Word* slices, const Flow* flows, int64_t index, int64_t depth, bool up, const PostSettings& settings,
+    Workspace work) {
+  const int64_t voxels = static_cast<int64_t>(plane.height) * plane.width;
+  const Word* current = slices + index * plane.size();
+  const int64_t step = up ? 1 : -1;
+  for (int64_t z = index + step; up ? z < depth : z >= 0; z += step) {
+    Word any = 0;
+    for (int i = 0; i < plane.size(); ++i) any |= current[i];
+    if (any == 0) return;  // an empty slice stays empty, and slices start out so
+    warp_slice<Flow, T>(plane, current, work.bits, flows + (up ? z - 1 : z) * 2 * voxels);
+    post(Alone(), plane, work, static_cast<int>(std::abs(z - index)), settings);
+    Word* const stored = slices + z * plane.size();
+    std::copy(work.bits, work.bits + plane.size(), stored);
+    current = stored;
+  }
+}
+
+template <typename Flow, typename T>
+void run_chains(
+    const Plane& plane, std::vector<Word>& slices, const Tensor& index, const Tensor& flow_up, const Tensor& flow_down,
+    int64_t depth, const PostSettings& settings) {
+  const int64_t per_volume = flow_up.numel() / std::max<int64_t>(flow_up.size(0), 1);
+  at::parallel_for(0, 2 * index.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<Word> words(2 * plane.size());
+    std::vector<int> numbers(2 * plane.names());
+    unsigned long long best = 0;
+    const Workspace work{
+        words.data(), words.data() + plane.size(), numbers.data(), numbers.data() + plane.names(), &best};
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / 2;
+      const bool up = i % 2 == 0;
+      const Flow* flows = (up ? flow_up : flow_down).const_data_ptr<Flow>() + b * per_volume;
+      chain<Flow, T>(
+          plane, slices.data() + b * depth * plane.size(), flows, index.const_data_ptr<int64_t>()[b], depth, up, settings,
+          work);
+    }
+  });
+}
+
+Tensor propagate(
+    const Tensor& labels, const Tensor& index, const Tensor& flow_up, const Tensor& flow_down, int64_t opening,
+    int64_t closing, int64_t far_distance, int64_t far_iterations) {
+  TORCH_CHECK_VALUE(labels.dim() == 3, "labels must be (B, H, W), not ", labels.sizes());
+  TORCH_CHECK_VALUE(flow_up.dim() == 5, "flow_up must be (B, D - 1, 2, H, W), not ", flow_up.sizes());
+  const int64_t batch = labels.size(0), height = labels.size(1), width = labels.size(2), depth = flow_up.size(1) + 1;
+  const std::vector<int64_t> wanted{batch, depth - 1, 2, height, width};
+  TORCH_CHECK_VALUE(flow_up.sizes() == wanted, "flow_up must be ", wanted, " for these labels, not ", flow_up.sizes());
+  TORCH_CHECK_VALUE(flow_down.sizes() == wanted, "flow_down must be ", wanted, ", as flow_up, not ", flow_down.sizes());
+  TORCH_CHECK_TYPE(flow_down.scalar_type() == flow_up.scalar_type(), "flow_down must be of flow_up's dtype");
+  TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == batch, "index must be (B,), not ", index.sizes());
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64, not ", index.scalar_type());
+  TORCH_CHECK_VALUE(opening > 0 && opening % 2 == 1, "opening must be odd and positive, not ", opening);
+  TORCH_CHECK_VALUE(closing > 0 && closing % 2 == 1, "closing must be odd and positive, not ", closing);
+  TORCH_CHECK_VALUE(far_iterations >= 0, "far_iterations must not be negative, not ", far_iterations);
+  Tensor out = at::zeros({batch, height, width, depth}, labels.options().dtype(at::kByte));
+  if (out.numel() == 0) return out;
+  const Tensor starts = index.contiguous();
+  const int64_t* z = starts.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < batch; ++b)
+    TORCH_CHECK_VALUE(z[b] >= 0 && z[b] < depth, "index must lie in [0, ", depth, "), not ", z[b]);
+
+  const Plane plane(static_cast<int>(height), static_cast<int>(width));
+  std::vector<Word> slices(batch * depth * plane.size());
+  const Tensor given = labels.gt(0).contiguous();
+  const bool* set = given.const_data_ptr<bool>();
+  for (int64_t b = 0; b < batch; ++b) {
+    Word* const slice = slices.data() + (b * depth + z[b]) * plane.size();
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x)
+        slice[y * plane.words + x / kWordBits] |= Word(set[(b * height + y) * width + x]) << x % kWordBits;
+  }
+  const PostSettings settings{
+      static_cast<int>(std::min<int64_t>(opening, 2 * std::max(height, width) + 1)),
+      static_cast<int>(std::min<int64_t>(closing, 2 * std::max(height, width) + 1)),
+      static_cast<int>(std::clamp<int64_t>(far_distance, -1, depth)), static_cast<int>(far_iterations)};
+  const auto ready = [](const Tensor& flow) {
+    return (flow.scalar_type() == at::kHalf ? flow.to(at::kFloat) : flow).contiguous();
+  };
+  const Tensor up = ready(flow_up), down = ready(flow_down);
+  if (up.scalar_type() == at::kDouble)
+    run_chains<double, double>(plane, slices, starts, up, down, depth, settings);
+  else if (up.scalar_type() == at::kBFloat16)
+    run_chains<at::BFloat16, float>(plane, slices, starts, up, down, depth, settings);
+  else
+    run_chains<float, float>(plane, slices, starts, up, down, depth, settings);
+
+  // Slices are bits and D is the output's last axis: one row of all slices at a time stays in the cache.
+  uint8_t* const result = out.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, batch * height, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Word* row = slices.data() + (i / height) * depth * plane.size() + (i % height) * plane.words;
+      uint8_t* const to = result + i * width * depth;
+      for (int64_t s = 0; s < depth; ++s, row += plane.size())
+        for (int word = 0; word < plane.words; ++word)
+          for (Word rest = row[word]; rest != 0; rest &= rest - 1)
+            to[(word * kWordBits + lowest_bit(rest)) * depth + s] = 1;
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spss_fast, CPU, library) { library.impl("propagate", &propagate); }
+
+}  // namespace spss
