@@ -115,8 +115,8 @@ def read_case(case: Case) -> Scan:
 
 def _read_raw(case: Case) -> Scan:
     image = _read_image(case.image)
-    turned = oriented(sitk.Cast(image, sitk.sitkFloat32))
-    array, grid = to_array(turned), Grid.of(turned)
+    turned = oriented(image)
+    array, grid = to_array(turned).astype(np.float32), Grid.of(turned)
     _check_image(array, case.image)
     label = None
     if case.label is not None:
@@ -215,7 +215,7 @@ def _read_h5(case: Case) -> Scan:
         if label.shape != image.shape:
             raise UserError(f"{case.image}: label {label.shape} does not fit image {image.shape}; export both anew")
         label = _whole_numbers(label, case.image)
-    return Scan(np.ascontiguousarray(image), label, grid.spacing, grid, grid)
+    return Scan(image, label, grid.spacing, grid, grid)
 
 
 def _check_image(array: np.ndarray, path: Path) -> None:
@@ -243,7 +243,7 @@ def _check_match(image: Grid, label: Grid, case: Case) -> None:
 
 def _whole_numbers(label: np.ndarray, path: Path) -> np.ndarray:
     if label.dtype == np.uint8:
-        return np.ascontiguousarray(label)
+        return label
     if label.dtype.kind == "b":
         return label.astype(np.uint8)
     if not (np.isfinite(label).all() and label.min() >= 0 and label.max() <= 255 and (label == np.round(label)).all()):

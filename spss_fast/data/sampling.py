@@ -63,7 +63,7 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
         index, image, full = slices[case.name], torch.from_numpy(case.image), case.label()
         # a slice named by the user is taken from the file itself, which may have no other
         mask = case.annotation_from_source(given[case.name], settings) if case.name in given else full[:, :, index]
-        annotation = torch.from_numpy(np.array(mask))
+        annotation = torch.from_numpy(np.array(mask, order="C"))
         volumes.append(TrainingVolume(case.name, image, index, annotation, torch.from_numpy(full)))
     return volumes
 

@@ -29,7 +29,7 @@ def test_real_la_raw_and_h5_agree(scans):
         np.testing.assert_allclose(ours.spacing, 0.625)
 
 
-@pytest.mark.parametrize("name", ["case_00017", "case_00044", "case_00112"])
+@pytest.mark.parametrize("name", ["case_00017", "case_00112"])
 def test_real_kits_label_maps_come_out_axial_with_slices_last(scans, name):
     path = scans("kits19") / name / "segmentation.nii.gz"
     # a label map is an image too, which spares synthesising a CT here

@@ -68,10 +68,8 @@ def test_kits_preset_on_a_real_label_map(real_kits, tmp_path):
     assert (back.GetSize(), back.GetSpacing(), back.GetOrigin(), back.GetDirection()) == (
         reference.GetSize(), reference.GetSpacing(), reference.GetOrigin(), reference.GetDirection())
     assert dice(sitk.GetArrayFromImage(back).transpose(2, 1, 0) > 0, original) > 0.93
-
-
-def test_downsampled_kits_covers_the_same_space(real_kits, tmp_path):
-    full, = prepared("kits", real_kits, settings_of("kits", tmp_path))
+    # half the resolution covers the same space
+    full = case
     half, = prepared("kits", real_kits, settings_of("kits", tmp_path, downsample=2))
     assert half.image.shape == (96, 96, 32)
     np.testing.assert_allclose(half.spacing, np.array(full.spacing) * 2)
