@@ -142,7 +142,10 @@ def _make_root(root: Path) -> None:
 def _key(case: Case, settings: DataSettings) -> str:
     """Hash of whatever shapes the prepared volume: format, settings, and the identity of the files."""
     files = [case.image] + ([case.label] if case.label not in (None, case.image) else [])
-    identity = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
+    try:
+        identity = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be opened ({error.strerror}): fetch the file again") from error
     relevant = {
         "window": settings.window, "body_crop": settings.body_crop, "resample": settings.resample,
         "max_in_plane": settings.max_in_plane, "foreground": sorted(settings.foreground),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,8 +115,8 @@ def read_case(case: Case) -> Scan:
 
 def _read_raw(case: Case) -> Scan:
     image = _read_image(case.image)
-    turned = oriented(sitk.Cast(image, sitk.sitkFloat32))
-    array, grid = to_array(turned), Grid.of(turned)
+    turned = oriented(image)
+    array, grid = to_array(turned).astype(np.float32), Grid.of(turned)
     _check_image(array, case.image)
     label = None
     if case.label is not None:
@@ -134,46 +135,61 @@ def _read_image(path: Path) -> sitk.Image:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise UserError(f"{path} cannot be read as a medical image: {_reason(error)}; replace the file") from error
+        raise UserError(f"{path} cannot be read as a medical image: {_reason(error)}; fetch the file again") from error
     if reader.GetDimension() != 3:
         raise UserError(f"{path} has {reader.GetDimension()} dimensions instead of 3: store one volume per file")
     if reader.GetNumberOfComponents() != 1:
         raise UserError(f"{path} holds {reader.GetNumberOfComponents()} values per voxel (a colour image?): store one")
     if not (np.isfinite(reader.GetSpacing()).all() and min(reader.GetSpacing()) > 0):
         raise UserError(f"{path} has the voxel spacing {reader.GetSpacing()}: correct its header")
-    _check_complete(path, reader)
+    _check_nifti(path, reader)
     try:
         return reader.Execute()
     except RuntimeError as error:
         raise UserError(f"{path} is damaged: {_reason(error)}; fetch the file again") from error
 
 
-def _check_complete(path: Path, reader: sitk.ImageFileReader) -> None:
-    """The NIfTI reader fills what a truncated file lacks with zeros and says nothing, so its length is checked here."""
-    if not reader.HasMetaDataKey("vox_offset") or not reader.HasMetaDataKey("bitpix"):
+def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
+    """What the NIfTI reader does not tell: it fills what a truncated file lacks with zeros, and makes NaN zero."""
+    if not reader.HasMetaDataKey("vox_offset"):
         return
     voxels = int(np.prod(reader.GetSize(), dtype=np.int64))
-    needed = int(float(reader.GetMetaData("vox_offset"))) + voxels * int(reader.GetMetaData("bitpix")) // 8
-    if path.suffix != ".gz":
-        complete = path.stat().st_size >= needed
-    else:
+    offset = int(float(reader.GetMetaData("vox_offset")))
+    needed = offset + voxels * int(reader.GetMetaData("bitpix")) // 8
+    kind = {"16": "f4", "64": "f8"}.get(reader.GetMetaData("datatype"))
+    length, bad = -1, 0
+    if kind is None and path.suffix != ".gz":
+        length = path.stat().st_size
+    elif kind is None:
         with open(path, "rb") as file:
             file.seek(-4, os.SEEK_END)
-            # a gzip member ends with its content's length modulo 2^32; files of several members are unpacked instead
-            complete = int.from_bytes(file.read(4), "little") == needed % 2**32 or _unpacked_size(path) >= needed
-    if not complete:
+            # a gzip member ends with its content's length modulo 2^32: right in nearly every file, and read at once
+            length = needed if int.from_bytes(file.read(4), "little") == needed % 2**32 else -1
+    if length < needed:
+        length, bad = _scan_nifti(path, offset, needed, kind)
+    if length < needed:
         raise UserError(f"{path} is truncated: it ends before its last voxel; fetch the file again")
+    _check_finite(bad, path)
 
 
-def _unpacked_size(path: Path) -> int:
-    size = 0
+def _scan_nifti(path: Path, offset: int, needed: int, kind: str | None) -> tuple[int, int]:
+    """Reads the bytes themselves: how many there are up to ``needed``, how many values of ``kind`` are not finite."""
+    length = bad = 0
     try:
-        with gzip.open(path) as file:
-            while block := file.read(1 << 24):
-                size += len(block)
-    except (EOFError, OSError, ValueError):
-        return -1
-    return size
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(offset)
+            # the header begins with its own size, 348 or 540, in the file's byte order
+            order = "<" if header[:1] in (b"\x5c", b"\x1c") else ">"
+            length = len(header)
+            while length < needed and (block := file.read(min(1 << 24, needed - length))):
+                length += len(block)
+                if kind is not None:
+                    whole = len(block) - len(block) % int(kind[1])
+                    bad += int(np.count_nonzero(~np.isfinite(np.frombuffer(block[:whole], order + kind))))
+            file.read(1)  # past the content: gzip verifies its checksum only there
+    except (EOFError, OSError, zlib.error):
+        return -1, 0
+    return length, bad
 
 
 def _reason(error: RuntimeError) -> str:
@@ -199,11 +215,14 @@ def _read_h5(case: Case) -> Scan:
         if label.shape != image.shape:
             raise UserError(f"{case.image}: label {label.shape} does not fit image {image.shape}; export both anew")
         label = _whole_numbers(label, case.image)
-    return Scan(np.ascontiguousarray(image), label, grid.spacing, grid, grid)
+    return Scan(image, label, grid.spacing, grid, grid)
 
 
 def _check_image(array: np.ndarray, path: Path) -> None:
-    bad = array.size - np.count_nonzero(np.isfinite(array))
+    _check_finite(array.size - np.count_nonzero(np.isfinite(array)), path)
+
+
+def _check_finite(bad: int, path: Path) -> None:
     if bad:
         raise UserError(f"{path} holds {bad} voxels that are NaN or infinite: replace them by a background value")
 
@@ -217,14 +236,14 @@ def _check_match(image: Grid, label: Grid, case: Case) -> None:
         ("origin", image.origin, label.origin, 0.1 * min(image.spacing)),
     ):
         if np.abs(np.subtract(one, other)).max() > tolerance:
-            shown = [tuple(round(float(value), 3) for value in values) for values in (one, other)]
+            shown = [tuple(round(value, 3) for value in values) for values in (one, other)]
             raise UserError(f"{case.label} does not match {case.image.name}: {name} {shown[1]} instead of {shown[0]}; "
                             "export the label in the scan's own geometry")
 
 
 def _whole_numbers(label: np.ndarray, path: Path) -> np.ndarray:
     if label.dtype == np.uint8:
-        return np.ascontiguousarray(label)
+        return label
     if label.dtype.kind == "b":
         return label.astype(np.uint8)
     if not (np.isfinite(label).all() and label.min() >= 0 and label.max() <= 255 and (label == np.round(label)).all()):

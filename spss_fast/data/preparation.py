@@ -29,16 +29,18 @@ def prepare_scan(scan: Scan, case: Case, settings: DataSettings) -> tuple[np.nda
     grid = target_grid(scan, case, settings)
     if settings.window is not None and not case.preprocessed:
         low, high = settings.window
-        image = (np.clip(image, low, high) - np.float32(low)) / np.float32(high - low)
+        image = np.clip(image, low, high)
+        image -= np.float32(low)
+        image /= np.float32(high - low)
     image = resample(image, scan.grid, grid, linear=True, outside=float(image.min()))
     image = image.astype(np.float32, copy=False)
     mean, deviation = image.mean(dtype=np.float64), image.std(dtype=np.float64)
     if deviation < 1e-6 * max(1.0, abs(mean)):
         raise UserError(f"{case.image} has no contrast: all its voxels are {mean:.4g} after preparation; replace the "
                         "scan, or adapt window to its intensities")
-    image = ((image - mean) / deviation).astype(np.float32)
+    image = ((image - mean) / deviation).astype(np.float32, order="C")
     if label is not None:
-        label = resample(label, scan.grid, grid, linear=False)
+        label = np.ascontiguousarray(resample(label, scan.grid, grid, linear=False))
     return image, label, grid
 
 

@@ -63,7 +63,7 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
         index, image, full = slices[case.name], torch.from_numpy(case.image), case.label()
         # a slice named by the user is taken from the file itself, which may have no other
         mask = case.annotation_from_source(given[case.name], settings) if case.name in given else full[:, :, index]
-        annotation = torch.from_numpy(np.array(mask))
+        annotation = torch.from_numpy(np.array(mask, order="C"))
         volumes.append(TrainingVolume(case.name, image, index, annotation, torch.from_numpy(full)))
     return volumes
 
@@ -117,10 +117,18 @@ def _start(random: np.random.Generator, full: int, size: int, inside: int | None
     return int(random.integers(low, high + 1))
 
 
+def _turn_and_mirror(random: np.random.Generator) -> tuple[int, int | None]:
+    """``quarters`` and ``flip`` of a :class:`Geometry`: each of the square's eight symmetries is equally likely.
+
+    Mirroring always, along one axis or the other, would leave out the scan as it is, which testing is about.
+    """
+    return int(random.integers(4)), (None, 0)[random.integers(2)]
+
+
 class Sampler:
     """Endless iterator of :class:`Batch`: annotated and unlabelled volumes in two orders, each drawn anew every pass.
 
-    Supervised view: random quarter turn in plane, random in-plane mirroring, random crop that holds the annotated
+    Supervised view: random quarter turn and mirroring in plane, random crop that holds the annotated
     slice and, where one fits, some of its foreground. A1 and A2: turn and mirroring of their own with probability
     0.5, one crop, and per view with probability 0.5 noise N(0, ``noise``) clipped to ``noise_clip``. Volumes smaller
     than the patch are centred in it, with their minimum (labels: 0) around them.
@@ -197,7 +205,7 @@ class Sampler:
                 annotations.append(geometry.apply_slice(volume.annotation, 0))
                 indices.append(volume.index - geometry.start[2])
                 references.append(volume.reference if volume.reference is None else geometry.apply(volume.reference, 0))
-            quarters, flip = (int(random.integers(4)), int(random.integers(2))) if random.random() < 0.5 else (0, None)
+            quarters, flip = _turn_and_mirror(random) if random.random() < 0.5 else (0, None)
             view = self._random_crop(random, volume, quarters, flip).apply(volume.image, fill)
             views1.append(self._noisy(view, random, noise))
             views2.append(self._noisy(view, random, noise))
@@ -224,7 +232,7 @@ class Sampler:
         return Geometry(start, size, quarters, flip)
 
     def _supervised(self, random: np.random.Generator, volume: TrainingVolume, annotated: bool) -> Geometry:
-        quarters, flip = int(random.integers(4)), int(random.integers(2))
+        quarters, flip = _turn_and_mirror(random)
         if not annotated:
             return self._random_crop(random, volume, quarters, flip)
         for _ in range(ATTEMPTS):

@@ -1,0 +1,68 @@
+"""Small scans written to disk for the tests, in every layout."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import SimpleITK as sitk
+
+from spss_fast.config import Config, resolve
+from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.layouts import find_cases
+
+# column a of the direction is the patient axis (left, back, head) of file axis a: KiTS19's first one runs to the feet
+KITS = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, -1.0, 0.0, 0.0)
+IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+
+
+def write_image(path: Path, array: np.ndarray, spacing=(1.0, 1.0, 1.0), direction=IDENTITY, origin=(0.0, 0.0, 0.0)):
+    """Writes ``array``, its axes as the file's, so that reading it with nibabel would give the same array."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+    image.SetSpacing(spacing)
+    image.SetDirection(direction)
+    image.SetOrigin(origin)
+    sitk.WriteImage(image, str(path), useCompression=path.suffix != ".nii")
+
+
+def ball(shape=(40, 36, 24), seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """An MR-like image (uint8) of a bright ball, and its label (uint8, 0/1); the ball differs with the seed."""
+    random = np.random.default_rng(seed)
+    centre = np.array(shape) / 2 + random.uniform(-2, 2, 3)
+    axes = np.meshgrid(*map(np.arange, shape), indexing="ij")
+    label = sum((axis - place) ** 2 for axis, place in zip(axes, centre)) < random.uniform(6, 8) ** 2
+    image = 40 + 60 * label + random.normal(0, 5, shape)
+    return image.clip(0, 255).astype(np.uint8), label.astype(np.uint8)
+
+
+def write_la(folder: Path, count: int, shape=(40, 36, 24)) -> list[str]:
+    """``count`` cases a, b, ... in the raw LA layout; their names."""
+    names = [chr(ord("a") + i) for i in range(count)]
+    for i, name in enumerate(names):
+        image, label = ball(shape, i)
+        write_image(folder / name / "lgemri.nrrd", image)
+        write_image(folder / name / "laendo.nrrd", label * 255)
+    return names
+
+
+def write_kits(folder: Path, name: str, image: np.ndarray, label: np.ndarray | None, spacing=(3.0, 0.8, 0.8)):
+    """One case in the raw KiTS19 layout; arrays in the file's order, slices first."""
+    write_image(folder / name / "imaging.nii.gz", image, spacing, KITS)
+    if label is not None:
+        write_image(folder / name / "segmentation.nii.gz", label, spacing, KITS)
+
+
+def write_h5(path: Path, **arrays: np.ndarray):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, compression="gzip")
+
+
+def settings_of(dataset: str, folder: Path, **flags) -> Config:
+    """The data set's configuration with a cache in ``folder`` and everything done in this process."""
+    return resolve(dataset, {"cache_dir": str(folder / "cache"), "workers": 1, **flags})
+
+
+def prepared(dataset: str, data: Path, config: Config) -> list[PreparedCase]:
+    return prepare(find_cases(dataset, data), config.data, progress=False)
