@@ -67,6 +67,7 @@ class RegistrationSettings:
     opening: int = setting(5, "width in voxels of the cross that opens registration labels")
     closing: int = setting(5, "width in voxels of the square that closes far registration labels")
     far_distance: int = setting(10, "slices from the annotated one beyond which labels are cleaned harder")
+    structures: int = setting(1, "components of the annotated slice carried each on their own (2: paired organs)")
     far_iterations: int = setting(5, "erosions, then dilations, of a far label's opening")
 
 
@@ -110,6 +111,9 @@ class TrainingSettings:
     lr_factor: float = setting(0.1, "factor of a learning-rate step")
     ema: float = setting(0.99, "upper bound of the teacher's moving-average coefficient")
     fusion: float = setting(0.9, "final weight of the teacher in the fused labels")
+    fusion_iterations: int = setting(
+        6000, "iteration at which that weight is reached; more than iterations keeps the teacher from early power"
+    )
     fusion_power: float = setting(0.2, "power of the fused labels' schedule")
     distance_decay: float = setting(0.8, "weight per slice of distance from the annotated one")
     label_weights: str = setting(
@@ -152,11 +156,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "la": {"patch": (112, 112, 80), "max_in_plane": 320},
     "kits": {
         "patch": (176, 176, 64), "window": (-160.0, 240.0), "body_crop": True, "resample": (192, 192, 64),
+        "structures": 2,
     },
     # small enough that two CPU cores train it in minutes; same route as kits
     "phantom": {
         "patch": (64, 64, 32), "window": (-160.0, 240.0), "body_crop": True, "resample": (64, 64, 32),
-        "n_labeled": 8, "n_test": 8, "filters": 8, "opening": 3, "closing": 3, "far_distance": 5,
+        "n_labeled": 8, "n_test": 8, "filters": 8, "structures": 2, "opening": 3, "closing": 3, "far_distance": 5,
         "iterations": 300, "registration_epochs": 20,
     },
     "folder": {"patch": (112, 112, 80)},

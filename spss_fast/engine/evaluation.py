@@ -55,7 +55,7 @@ def evaluate_labels(
         if volume.reference is None:
             continue
         label = registration_labels(
-            network, volume.image[None].to(device), volume.annotation[None].to(device),
+            network, volume.image[None].to(device), volume.annotation[None],
             torch.tensor([volume.index], device=device), settings, amp,
         )
         rows[volume.name] = metrics.evaluate(label[0].cpu().numpy(), volume.reference.numpy())

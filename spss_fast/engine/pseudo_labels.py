@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
@@ -17,14 +18,34 @@ def registration_labels(
 ) -> Tensor:
     """Carry each annotated slice through its volume (step 2).
 
-    ``volumes`` (L, h, w, d); ``annotation`` (L, h, w) uint8; ``index`` (L,) int64, its slice z*. Returns uint8
-    (L, h, w, d).
+    ``volumes`` (L, h, w, d); ``annotation`` (L, h, w) uint8, on the CPU; ``index`` (L,) int64, its slice z*. Returns
+    uint8 (L, h, w, d) on the device of ``volumes``.
+
+    Keeping the largest component on the way would lose one of a pair of organs, so each of the ``structures`` largest
+    components of the annotated slice is carried on its own; with 1, the slice is carried as it is (as published).
     """
-    up, down = neighbour_flows(network, volumes, amp)
-    return propagate(
-        annotation, index, up, down, opening=settings.opening, closing=settings.closing,
-        far_distance=settings.far_distance, far_iterations=settings.far_iterations,
+    count = settings.structures
+    parts = annotation if count == 1 else split_structures(annotation, count)
+    flows = neighbour_flows(network, volumes, amp)
+    up, down = (flow if count == 1 else flow.repeat_interleave(count, 0) for flow in flows)
+    labels = propagate(
+        parts.to(volumes.device), index.repeat_interleave(count), up, down, opening=settings.opening,
+        closing=settings.closing, far_distance=settings.far_distance, far_iterations=settings.far_iterations,
     )
+    if count > 1:
+        labels = restore_annotation(labels.unflatten(0, (-1, count)).amax(1), annotation.to(labels.device), index)
+    return labels
+
+
+def split_structures(annotation: Tensor, count: int) -> Tensor:
+    """The ``count`` largest 8-connected components of each slice (L, h, w): uint8 (L * count, h, w), empty if fewer."""
+    parts = torch.zeros(len(annotation), count, *annotation.shape[1:], dtype=torch.uint8)
+    for slice_parts, mask in zip(parts, annotation.numpy()):
+        components, _ = ndimage.label(mask, np.ones((3, 3)))
+        sizes = np.bincount(components.ravel())[1:]
+        for part, largest in zip(slice_parts, np.argsort(-sizes, kind="stable")):
+            part.copy_(torch.from_numpy(components == largest + 1))
+    return parts.flatten(0, 1)
 
 
 def fill_holes(labels: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     )
     # 2. registration labels
     label_reg = registration_labels(
-        state.registration, volumes[:labeled], annotation, index, registration, state.amp
+        state.registration, volumes[:labeled], batch.annotation, index, registration, state.amp
     )
 
     # 3. student on the clean view, teacher on the noisy one; the whole batch, for the batch norm's sake
@@ -167,7 +167,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     )
 
     # 8. fused labels, and the supervised loss on them
-    w_p = selfpaced.fusion_weight(t / training.iterations, training.fusion, training.fusion_power)
+    w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
     label_seg, label = fused_labels(label_reg, foreground_t, annotation, index, w_p)
     weights = voxel_weights(
         label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,

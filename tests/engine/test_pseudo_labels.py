@@ -61,6 +61,24 @@ def test_without_displacement_the_annotated_slice_is_copied_through_the_volume()
     annotation = torch.zeros(1, 32, 32, dtype=torch.uint8)
     annotation[0, 8:20, 9:25] = 1
     labels = pseudo_labels.registration_labels(
-        network, torch.randn(1, 32, 32, 6), annotation, torch.tensor([2]), RegistrationSettings(opening=1, closing=1), None
+        network, torch.randn(1, 32, 32, 6), annotation, torch.tensor([2]), RegistrationSettings(opening=1, closing=1),
+        None,
     )
     assert torch.equal(labels, annotation[..., None].expand(-1, -1, -1, 6))
+
+
+def test_paired_organs_are_carried_each_on_their_own():
+    network = RegistrationNet()
+    torch.nn.init.zeros_(network.flow.weight)
+    annotation = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    annotation[0, 4:12, 4:12], annotation[0, 4:10, 20:28], annotation[0, 25:27, 25:27] = 1, 1, 1
+    annotation[1, 20:30, 5:9] = 1
+    parts = pseudo_labels.split_structures(annotation, 2)
+    assert parts.sum((1, 2)).tolist() == [64, 48, 40, 0]
+    for structures, kept in ((1, [64, 40]), (2, [112, 40])):
+        labels = pseudo_labels.registration_labels(
+            network, torch.randn(2, 32, 32, 4), annotation, torch.tensor([0, 3]),
+            RegistrationSettings(opening=1, closing=1, structures=structures), None,
+        )
+        assert labels[0, :, :, 3].sum() == kept[0] and labels[1, :, :, 0].sum() == kept[1]
+        assert torch.equal(labels[0, :, :, 0], annotation[0]) and torch.equal(labels[1, :, :, 3], annotation[1])
