@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -171,22 +170,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _scaled(config: Config) -> None:
     """Shrink a full-resolution configuration by ``data.downsample`` so that a laptop can train it, in place.
 
-    Lengths in voxels shrink by the factor. A patch side is rounded to the nearest multiple of 16, which the V-Net's
-    four halvings need (ties up: 56 becomes 64). Volumes hold factor^3 fewer voxels and pairs factor^2 fewer pixels,
-    so the joint schedule and the registration's are shortened likewise.
+    Lengths in voxels shrink by the factor; a patch side is rounded to a multiple of 16, which the V-Net's four halvings
+    need. There are factor^3 fewer voxels to learn, so the joint schedule is as much shorter, with its learning-rate
+    steps and its ramps; it takes a higher learning rate to get anywhere in it. Two paces are left as they are: lambda
+    and the teacher's weight in the fused labels, because they hand over to a teacher that has to have learnt first.
     """
     factor = config.data.downsample
     if factor == 1:
         return
     data, registration, training = config.data, config.registration, config.training
-    data.patch = tuple(max(16, 16 * math.floor(side / factor / 16 + 0.5)) for side in data.patch)
+    selection = config.selection
+    data.patch = tuple(max(16, 16 * round(side / factor / 16)) for side in data.patch)
     if data.resample is not None:
         data.resample = tuple(side // factor for side in data.resample)
     registration.opening = 2 * round((registration.opening // 2) / factor) + 1
     registration.closing = 2 * round((registration.closing // 2) / factor) + 1
     registration.far_distance = max(1, registration.far_distance // factor)
-    registration.registration_epochs = max(1, registration.registration_epochs // factor**2)
+    registration.registration_epochs = max(1, registration.registration_epochs // (10 * factor**2))
+    registration.registration_pairs = max(1, registration.registration_pairs // factor)
+    registration.registration_lr *= 10
     training.iterations = max(1, training.iterations // factor**3)
+    training.lr_every = max(1, training.lr_every // factor**3)
+    selection.ramp_every = max(1, selection.ramp_every // factor**3)
+    selection.tau_every = max(1, selection.tau_every // factor**3)
+    training.lr *= 5
+    training.refresh_batches = 32
 
 
 def _names() -> dict[str, str]:

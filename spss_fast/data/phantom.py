@@ -165,7 +165,7 @@ class _Scene:
     def scan(self) -> tuple[np.ndarray, np.ndarray]:
         """What the scanner makes of it: blur within slices, bias field, correlated noise, whole Hounsfield units."""
         bias = self.field(7.0, (3, 3, 3)) * (self.hu > -900)
-        noise = gaussian_filter(self.random.normal(size=self.shape), (0, 0.6, 0.6)) * self.uniform(30, 42)
+        noise = gaussian_filter(self.random.normal(size=self.shape), (0, 0.6, 0.6)) * self.uniform(20, 30)
         image = gaussian_filter(self.hu, (0.3, 0.4, 0.4)) + bias + noise
         return np.clip(np.rint(image), -1024, 2000).astype(np.int16), self.label
 
@@ -190,7 +190,7 @@ def _torso(scene: _Scene) -> None:
     scene.organ((-0.42 * w, -0.10 * d, 0.62 * h), liver, organ, (0, u(10, 28), 0), 0.7)
     scene.organ((0.10 * w, -0.42 * d, 0.72 * h), (0.42 * w, 0.30 * d, 0.35 * h), organ, (0, 10, 0), 0.7)
     spleen = (0.66 * w, 0.28 * d, u(0.45, 0.70) * h)
-    scene.organ(spleen, (0.21 * w, 0.36 * d, u(0.36, 0.48) * h), organ + u(-5, 22), (0, 0, u(-25, 0)))
+    scene.organ(spleen, (0.21 * w, 0.36 * d, u(0.36, 0.48) * h), organ + u(10, 45), (0, 0, u(-25, 0)))
     for side in (-1, 1):
         lung = scene.radius((side * 0.5 * w, 0.15 * d, 1.45 * h), (0.42 * w, 0.72 * d, u(0.62, 0.80) * h))
         scene.paint(np.maximum(lung, scene.cavity / 1.02), 0.4 * w, u(-860, -780))
@@ -251,7 +251,7 @@ def _skeleton(scene: _Scene) -> None:
 def _kidneys(scene: _Scene) -> None:
     """Both kidneys in their fat, with cortex, sinus and vessels; tumours now and then. The only labelled organs."""
     u, (w, d, h) = scene.uniform, (scene.width, scene.depth, scene.height)
-    tissue = u(96, 138)
+    tissue = u(140, 180)  # contrast-enhanced, as KiTS19: brighter than the liver, like the spleen and the vessels
     level, lower = u(-0.20, 0.08) * h, u(0, 14)  # the right one lies a little lower
     for side in (-1, 1):
         centre = np.array([side * u(0.40, 0.50) * w, u(0.20, 0.38) * d, level + side * lower / 2 + u(-5, 5)])
