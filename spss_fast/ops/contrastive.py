@@ -121,6 +121,8 @@ def contrastive_loss(
     logits_a, logits_n = logits_a.detach(), logits_n.detach()
     if torch.float64 in (a.dtype, b.dtype, n.dtype):
         a, b, n = a.double(), b.double(), n.double()
+    elif not a.dtype == b.dtype == n.dtype:
+        a, b, n = a.float(), b.float(), n.float()
     if backends.use_reference("contrastive", a) or (
         a.dtype == torch.float64 and backends.active("contrastive", a.device.type) == "triton"
     ):
@@ -141,10 +143,8 @@ def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _(a, b, n, logits_a, logits_n, k, temperature, bidirectional, with_grad):
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
 
-    def gradient(x: Tensor) -> Tensor:  # channels last in memory, as the rows it is computed in
-        if not with_grad:
-            return x.new_empty(0, dtype=dtype)
-        return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=dtype).movedim(-1, 1)
+    def gradient(x: Tensor) -> Tensor:
+        return torch.empty_like(x, dtype=dtype) if with_grad else x.new_empty(0, dtype=dtype)
 
     return a.new_empty((), dtype=dtype), gradient(a), gradient(b), gradient(n)
 
