@@ -1,4 +1,8 @@
-"""The contrastive loss, forward and backward, beside the N x N formulation of METHOD step 7 in plain PyTorch."""
+"""The contrastive loss, forward and backward, against the N x N formulation of METHOD step 7 in plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
@@ -6,10 +10,16 @@ from torch.nn import functional as F
 
 from spss_fast.ops import contrastive_loss
 
-BATCH, WIDTH, CLASSES, K, TEMPERATURE = 4, 64, 2, 50, 0.07
-SIDES = (14, 14, 10)  # 1/8 of 112 x 112 x 80: N = 7840
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GROWTH = {str(BATCH * 14 * 14 * depth): (14, 14, depth) for depth in (10, 20, 40, 80)}
+CLASSES, K, TEMPERATURE = 2, 50, 0.07
+MAIN = (4, 64, 14, 14, 10)  # 1/8 of 112 x 112 x 80: N = 7840
+GROWING = [(4, 64, 14, 14, 20), (4, 64, 14, 28, 20), (4, 64, 28, 28, 20)]  # four sizes with MAIN
+
+
+@functools.lru_cache(maxsize=1)
+def data(shape: tuple[int, ...], device: str):
+    torch.manual_seed(0)
+    features = [torch.randn(shape).to(device).requires_grad_() for _ in range(3)]
+    return features, [torch.randn(shape[0], CLASSES, *shape[2:]).to(device) for _ in range(2)]
 
 
 def n_by_n(a, b, n, logits_a, logits_n):
@@ -30,33 +40,20 @@ def fused(a, b, n, logits_a, logits_n):
     return contrastive_loss(a, b, n, logits_a, logits_n, K, TEMPERATURE)
 
 
-def make(sides):
-    generator = torch.Generator().manual_seed(0)
-    features = [torch.randn(BATCH, WIDTH, *sides, generator=generator).to(DEVICE).requires_grad_() for _ in range(3)]
-    return features, [torch.randn(BATCH, CLASSES, *sides, generator=generator).to(DEVICE) for _ in range(2)]
+PROVIDERS = {"spss_fast": fused, "N x N": n_by_n, "N x N compiled": torch.compile(n_by_n)}
+ROWS = [(MAIN, provider) for provider in PROVIDERS] + [(shape, "spss_fast") for shape in GROWING]
 
 
-def moved(features):
-    """Bytes that must move: three feature maps read, three gradients written."""
-    return 2 * sum(x.nbytes for x in features)
+@pytest.mark.parametrize("shape, provider", ROWS, ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else v)
+def bench_contrastive(measure, device, shape, provider):
+    features, logits = data(shape, device)
 
+    def run():
+        return torch.autograd.grad(PROVIDERS[provider](*features, *logits), features)
 
-def step(provider, features, logits):
-    return torch.autograd.grad(provider(*features, *logits), features)
-
-
-PROVIDERS = {"spss_fast": fused, "N x N, eager": n_by_n, "N x N, compiled": torch.compile(n_by_n)}
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_contrastive(measure, provider):
-    features, logits = make(SIDES)
-    measure("contrastive", provider, "forward + backward", lambda: step(PROVIDERS[provider], features, logits),
-            bytes_moved=moved(features))
-
-
-@pytest.mark.parametrize("size", GROWTH)
-def test_contrastive_growth(measure, size):
-    features, logits = make(GROWTH[size])
-    measure("contrastive growth", "spss_fast", size, lambda: step(fused, features, logits), bytes_moved=moved(features),
-            voxels=int(size))
+    if shape == MAIN:
+        expected = torch.autograd.grad(n_by_n(*features, *logits), features)
+        for actual, e in zip(run(), expected):
+            torch.testing.assert_close(actual, e, rtol=1e-3, atol=1e-6)
+    measure(run, operator="contrastive", case="forward + backward", size="x".join(map(str, shape)), provider=provider,
+            elements=logits[0][:, 0].numel(), bytes=6 * features[0].nbytes)  # three maps read, three gradients written

@@ -1,48 +1,46 @@
-"""The segmentation losses, forward and backward, beside the same formulas in plain PyTorch, eager and compiled."""
+"""The segmentation losses, forward and backward, against the same formulas in plain PyTorch, eager and compiled."""
+
+from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 
-from spss_fast.ops import masked_ce_dice, weighted_ce_dice
-from spss_fast.ops.losses import reference_masked_ce_dice, reference_weighted_ce_dice
+from spss_fast.ops import losses
 
-BATCH, CLASSES, SIDES = 4, 2, (112, 112, 80)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GROWTH = {f"1/{2**i}": (SIDES[0] // 2**i, *SIDES[1:]) for i in (3, 2, 1, 0)}
-FUSED = {"masked_ce_dice": masked_ce_dice, "weighted_ce_dice": weighted_ce_dice}
-PLAIN = {"masked_ce_dice": reference_masked_ce_dice, "weighted_ce_dice": reference_weighted_ce_dice}
-PROVIDERS = {
-    "spss_fast": FUSED, "eager": PLAIN, "compiled": {name: torch.compile(loss) for name, loss in PLAIN.items()},
+MAIN = (4, 2, 112, 112, 80)
+GROWING = [(4, 2, 14, 112, 80), (4, 2, 28, 112, 80), (4, 2, 56, 112, 80)]
+CASES = {
+    "masked_ce_dice": (losses.masked_ce_dice, losses.reference_masked_ce_dice),
+    "weighted_ce_dice": (losses.weighted_ce_dice, losses.reference_weighted_ce_dice),
 }
+COMPILED = {case: torch.compile(reference) for case, (_, reference) in CASES.items()}
+PROVIDERS = ("spss_fast", "eager", "eager compiled")
+ROWS = [(MAIN, case, provider) for case in CASES for provider in PROVIDERS]
+ROWS += [(shape, case, "spss_fast") for case in CASES for shape in GROWING]
 
 
-def make(sides, loss):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(BATCH, CLASSES, *sides, generator=generator).to(DEVICE).requires_grad_()
-    target = torch.randint(0, CLASSES, (BATCH, *sides), generator=generator).to(DEVICE)
-    weight = torch.rand(BATCH, *sides, generator=generator).to(DEVICE)
-    return logits, target, weight < 0.1 if loss == "masked_ce_dice" else weight
+@functools.lru_cache(maxsize=1)
+def data(shape: tuple[int, ...], case: str, device: str):
+    torch.manual_seed(0)
+    voxels = (shape[0], *shape[2:])
+    weight = torch.rand(voxels).to(device)
+    return (torch.randn(shape).to(device).requires_grad_(), torch.randint(0, shape[1], voxels).to(device),
+            weight < 0.1 if case == "masked_ce_dice" else weight)
 
 
-def step(function, logits, *rest):
-    return torch.autograd.grad(sum(function(logits, *rest)), logits)
+@pytest.mark.parametrize("shape, case, provider", ROWS, ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else v)
+def bench_losses(measure, device, shape, case, provider):
+    logits, target, weight = data(shape, case, device)
+    fused, reference = CASES[case]
+    function = {"spss_fast": fused, "eager": reference, "eager compiled": COMPILED[case]}[provider]
 
+    def run(function=function):
+        return torch.autograd.grad(sum(function(logits, target, weight)), logits)[0]
 
-def moved(logits, target, weight):
-    """Bytes that must move: logits, labels and weights read forward and again backward, the gradient written."""
-    return 2 * (logits.nbytes + target.nbytes + weight.nbytes) + logits.nbytes
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("loss", FUSED)
-def test_losses(measure, loss, provider):
-    inputs = make(SIDES, loss)
-    measure(loss, provider, "forward + backward", lambda: step(PROVIDERS[provider][loss], *inputs),
-            bytes_moved=moved(*inputs))
-
-
-@pytest.mark.parametrize("size", GROWTH)
-def test_losses_growth(measure, size):
-    inputs = make(GROWTH[size], "masked_ce_dice")
-    measure("masked_ce_dice growth", "spss_fast", size, lambda: step(masked_ce_dice, *inputs),
-            bytes_moved=moved(*inputs), voxels=inputs[1].numel())
+    torch.testing.assert_close(run(), run(reference), rtol=1e-3, atol=1e-9)
+    # Logits, labels and weights are read forward and again backward, the gradient is written.
+    moved = 2 * (logits.nbytes + target.nbytes + weight.nbytes) + logits.nbytes
+    measure(run, operator="losses", case=case, size="x".join(map(str, shape)), provider=provider,
+            elements=target.numel(), bytes=moved)

@@ -1,16 +1,30 @@
-"""Uncertainty selection, beside softmax, mean, entropy and argsort in plain PyTorch, eager and compiled.
+"""Uncertainty selection against softmax, mean, entropy and argsort in plain PyTorch, eager and compiled.
 
-One round is METHOD step 4 without the networks: T logits of a batch in, entropy and mask of the K least uncertain out.
+A call is METHOD step 4 without the networks: T logits of a batch in, entropy and mask of the K least uncertain out.
 """
+
+from __future__ import annotations
+
+import functools
 
 import pytest
 import torch
 
 from spss_fast.ops import accumulate_softmax, uncertainty_mask
 
-PASSES, BATCH, CLASSES, SIDES = 8, 4, 2, (112, 112, 80)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GROWTH = {f"1/{2**i}": (SIDES[0] // 2**i, *SIDES[1:]) for i in (3, 2, 1, 0)}
+PASSES = 8
+MAIN = (4, 2, 112, 112, 80)
+GROWING = [(4, 2, 14, 112, 80), (4, 2, 28, 112, 80), (4, 2, 56, 112, 80)]
+KEPT = 0.1
+CASES = {"float32": (torch.float32, torch.contiguous_format), "bfloat16": (torch.bfloat16, torch.channels_last_3d)}
+
+
+@functools.lru_cache(maxsize=1)
+def data(shape: tuple[int, ...], case: str, device: str) -> tuple[list[torch.Tensor], int]:
+    torch.manual_seed(0)
+    dtype, memory_format = CASES[case]
+    logits = [(2 * torch.randn(shape)).to(device, dtype, memory_format=memory_format) for _ in range(PASSES)]
+    return logits, int(KEPT * logits[0][:, 0].numel())
 
 
 def fused(logits, keep):
@@ -28,39 +42,22 @@ def plain(logits, keep):
     return entropy, mask.view_as(entropy)
 
 
-def make(sides, dtype=torch.float32, memory_format=torch.contiguous_format):
-    generator = torch.Generator().manual_seed(0)
-    logits = [
-        (2 * torch.randn(BATCH, CLASSES, *sides, generator=generator)).to(DEVICE, dtype, memory_format=memory_format)
-        for _ in range(PASSES)
-    ]
-    return logits, BATCH * sides[0] * sides[1] * sides[2] // 10
+def bytes_moved(logits) -> int:
+    """Every logit once, the running total read and written with each, entropy and mask written."""
+    numbers = logits[0].numel()
+    return sum(one.nbytes for one in logits) + (2 * PASSES + 1) * 4 * numbers + 5 * numbers // logits[0].shape[1]
 
 
-def moved(logits):
-    """Bytes that must move: every logit once, the total read and written once a pass, entropy and mask written."""
-    voxels = logits[0][:, 0].numel()
-    return sum(x.nbytes for x in logits) + 2 * PASSES * 4 * CLASSES * voxels + (4 * CLASSES + 4 + 1) * voxels
+PROVIDERS = {"spss_fast": fused, "eager": plain, "eager compiled": torch.compile(plain)}
+ROWS = [(MAIN, case, provider) for case in CASES for provider in PROVIDERS]
+ROWS += [(shape, "float32", "spss_fast") for shape in GROWING]
 
 
-PROVIDERS = {"spss_fast": fused, "eager": plain, "compiled": torch.compile(plain)}
-
-
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_uncertainty(measure, provider):
-    logits, keep = make(SIDES)
-    measure("uncertainty", provider, "float32", lambda: PROVIDERS[provider](logits, keep), bytes_moved=moved(logits))
-
-
-@pytest.mark.parametrize("provider", ["spss_fast", "eager"])
-def test_uncertainty_bfloat16_channels_last(measure, provider):
-    logits, keep = make(SIDES, torch.bfloat16, torch.channels_last_3d)
-    measure("uncertainty", provider, "bfloat16 channels_last_3d", lambda: PROVIDERS[provider](logits, keep),
-            bytes_moved=moved(logits))
-
-
-@pytest.mark.parametrize("size", GROWTH)
-def test_uncertainty_growth(measure, size):
-    logits, keep = make(GROWTH[size])
-    measure("uncertainty growth", "spss_fast", size, lambda: fused(logits, keep), bytes_moved=moved(logits),
-            voxels=logits[0][:, 0].numel())
+@pytest.mark.parametrize("shape, case, provider", ROWS, ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else v)
+def bench_uncertainty(measure, device, shape, case, provider):
+    logits, keep = data(shape, case, device)
+    (entropy, mask), (expected, _) = PROVIDERS[provider](logits, keep), plain(logits, keep)
+    torch.testing.assert_close(entropy, expected, rtol=1e-3, atol=1e-4)
+    assert mask.sum() == keep
+    measure(lambda: PROVIDERS[provider](logits, keep), operator="uncertainty", case=case, size="x".join(map(str, shape)),
+            provider=provider, elements=mask.numel(), bytes=bytes_moved(logits))
