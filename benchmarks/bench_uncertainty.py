@@ -59,5 +59,6 @@ def bench_uncertainty(measure, device, shape, case, provider):
     (entropy, mask), (expected, _) = PROVIDERS[provider](logits, keep), plain(logits, keep)
     torch.testing.assert_close(entropy, expected, rtol=1e-3, atol=1e-4)
     assert mask.sum() == keep
-    measure(lambda: PROVIDERS[provider](logits, keep), operator="uncertainty", case=case, size="x".join(map(str, shape)),
-            provider=provider, elements=mask.numel(), bytes=bytes_moved(logits))
+    what = dict(operator="uncertainty", case=case, size="x".join(map(str, shape)), provider=provider,
+                elements=mask.numel(), bytes=bytes_moved(logits))
+    measure(lambda: PROVIDERS[provider](logits, keep), **what)

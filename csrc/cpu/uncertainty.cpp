@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "cpu/memory.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -168,8 +169,8 @@ void select_lowest(const T* values, int64_t count, const Histogram& top, int64_t
 std::tuple<at::Tensor, at::Tensor> uncertainty_mask(const at::Tensor& total, int64_t passes, const at::Tensor& keep) {
   auto shape = total.sizes().vec();
   shape.erase(shape.begin() + 1);
-  at::Tensor result = at::empty(shape, total.options().memory_format(at::MemoryFormat::Contiguous));
-  at::Tensor mask = at::empty(shape, result.options().dtype(at::kBool));
+  at::Tensor result = with_huge_pages(at::empty(shape, total.options()));
+  at::Tensor mask = with_huge_pages(at::empty(shape, result.options().dtype(at::kBool)));
   if (result.numel() == 0) return {result, mask};
   const Planes in = planes(total);
   AT_DISPATCH_FLOATING_TYPES(total.scalar_type(), "uncertainty_mask", [&] {
