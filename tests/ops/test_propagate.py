@@ -33,7 +33,9 @@ def largest(mask):
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 70), st.floats(0, 1), st.integers(0, 2**31), st.integers(0, 4), st.integers(0, 4))
+@given(
+    st.integers(1, 40), st.integers(1, 70), st.floats(0, 1), st.integers(0, 2**31), st.integers(0, 4), st.integers(0, 4)
+)
 def test_post_agrees_with_scipy(height, width, density, seed, opening, closing):
     """Random slices of any width across word boundaries: component, opening, closing."""
     mask = np.random.default_rng(seed).random((height, width)) < density
@@ -109,7 +111,8 @@ def test_not_a_number_moves_nothing_in():
     assert out[..., 0].all() and not out[..., 1].any()
 
 
-LABELS, INDEX, FLOW = torch.zeros(2, 4, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.long), torch.zeros(2, 3, 2, 4, 5)
+LABELS, INDEX = torch.zeros(2, 4, 5, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+FLOW = torch.zeros(2, 3, 2, 4, 5)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
