@@ -51,7 +51,8 @@ def _corner(position, last, stride, BORDER: tl.constexpr):
         slope0 = -slope1
     else:
         out0, out1 = (low < 0) | (low > last), (high < 0) | (high > last)
-        weight0, weight1 = tl.where(out0, 0.0, 1 - fraction), tl.where(out1, 0.0, fraction)
+        none = 0 * fraction  # 0, or NaN where there is no position
+        weight0, weight1 = tl.where(out0, none, 1 - fraction), tl.where(out1, none, fraction)
         slope0, slope1 = tl.where(out0, 0.0, -1.0), tl.where(out1, 0.0, 1.0)
     return _index(low, last) * stride, _index(high, last) * stride, weight0, weight1, slope0, slope1
 

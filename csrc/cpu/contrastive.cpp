@@ -1,7 +1,8 @@
 // Prototype selection and the bidirectional prototype contrastive loss with its gradients, on the CPU.
 //
-// Anchors are put in the order of their class; each class is then two matrix products against its own bank of k
-// prototypes (scores, and their gradients), with the row softmax between them. Memory is O(N (k + channels)).
+// Anchors come in blocks small enough for the cache, sorted by class within a block; each class is then a few matrix
+// products with its own bank of k prototypes (scores, and their gradients), with the row softmax between them. Nothing
+// of size N is stored but the gradients.
 #include <torch/library.h>
 
 #include <numeric>
@@ -23,18 +24,30 @@ struct Candidate {
   }
 };
 
-// best = the largest p of each voxel (NaN where p is), where = its class, the first of equals.
-SPSS_MULTIARCH void argmax_rows(const float* p, int64_t channels, int64_t count, float* best, int32_t* where) {
+// best = the largest value of each voxel, where = its class: the first of equals, and NaN before any number.
+template <class T>
+SPSS_MULTIARCH void argmax_rows(Rows<T> x, int64_t channels, int64_t count, T* best, int32_t* where) {
   SPSS_SIMD
-  for (int64_t i = 0; i < count; ++i) best[i] = p[i], where[i] = 0;
+  for (int64_t i = 0; i < count; ++i) best[i] = x.data[i], where[i] = 0;
   for (int32_t c = 1; c < channels; ++c) {
     SPSS_SIMD
     for (int64_t i = 0; i < count; ++i) {
-      const bool better = p[c * kTile + i] > best[i];
+      const T value = x.data[c * x.stride + i];
+      const bool better = value > best[i] || (value != value && best[i] == best[i]);
       where[i] = better ? c : where[i];
-      best[i] = better ? p[c * kTile + i] : best[i];
+      best[i] = better ? value : best[i];
     }
   }
+}
+
+template <class scalar_t>
+void predictions(const Planes& logits, int32_t* predicted) {
+  using T = compute_t<scalar_t>;
+  Chunks(logits.batch, logits.voxels, kTile).run([&](int64_t, int64_t b, int64_t begin, int64_t end) {
+    std::vector<T> scratch(logits.channels * kTile), best(kTile);
+    const Rows<T> in = read_rows<T, scalar_t>(logits, b, begin, end - begin, scratch.data());
+    argmax_rows(in, logits.channels, end - begin, best.data(), predicted + b * logits.voxels + begin);
+  });
 }
 
 // Confidence (the largest softmax value) and predicted class of every voxel; NaN confidence where a logit is NaN.
@@ -47,7 +60,7 @@ void confidences(const Planes& logits, float* confidence, int32_t* predicted) {
       const int64_t count = std::min(kTile, end - begin), offset = b * logits.voxels + begin;
       const Rows<float> in = read_rows<float, scalar_t>(logits, b, begin, count, scratch.data());
       softmax_rows(in, channels, count, p.data(), top.data(), sum.data());
-      argmax_rows(p.data(), channels, count, confidence + offset, predicted + offset);
+      argmax_rows(Rows<float>{p.data(), kTile}, channels, count, confidence + offset, predicted + offset);
     }
   });
 }
@@ -82,9 +95,23 @@ std::tuple<at::Tensor, at::Tensor> select_prototypes(const at::Tensor& logits, i
   return {indices, counts};
 }
 
-// (B, C, *spatial) as one row a voxel: no copy where channels come last in memory already.
-at::Tensor as_rows(const at::Tensor& x, at::ScalarType type) {
-  return x.movedim(1, -1).reshape({x.numel() / x.size(1), x.size(1)}).to(type);
+// rows[place[i]] = features of voxel i: sixteen features at a time, so that either layout moves whole cache lines.
+template <class T, class scalar_t>
+SPSS_MULTIARCH void read_features(const scalar_t* from, int64_t channel_stride, int64_t voxel_stride, int64_t count,
+                                  int64_t width, const int32_t* place, T* rows) {
+  for (int64_t first = 0; first < width; first += 16)
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t f = first; f < std::min(first + 16, width); ++f)
+        rows[place[i] * width + f] = static_cast<T>(from[f * channel_stride + i * voxel_stride]);
+}
+
+template <class T>
+SPSS_MULTIARCH void write_features(const T* rows, const int32_t* place, int64_t count, int64_t width,
+                                   int64_t channel_stride, int64_t voxel_stride, T* to) {
+  for (int64_t first = 0; first < width; first += 16)
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t f = first; f < std::min(first + 16, width); ++f)
+        to[f * channel_stride + i * voxel_stride] = rows[place[i] * width + f];
 }
 
 template <class T>
@@ -95,29 +122,27 @@ SPSS_HD T dot(const T* a, const T* b, int64_t count) {
   return sum;
 }
 
-// unit = rows[order[i]] / max(|row|, eps) for `count` anchors or prototypes; length: the divisor, negative where it is
-// the constant eps.
+// Rows become row / max(|row|, eps); length: the divisor, negative where it is the constant eps.
 template <class T>
-SPSS_MULTIARCH void normalise(const T* rows, const int64_t* order, int64_t count, int64_t width, T* unit, T* length) {
+SPSS_MULTIARCH void normalise(int64_t count, int64_t width, T* rows, T* length) {
   for (int64_t i = 0; i < count; ++i) {
-    const T* row = rows + order[i] * width;
+    T* row = rows + i * width;
     const T norm = std::sqrt(dot(row, row, width)), divisor = norm < T(kNormEpsilon) ? T(kNormEpsilon) : norm;
     SPSS_SIMD
-    for (int64_t f = 0; f < width; ++f) unit[i * width + f] = row[f] / divisor;
+    for (int64_t f = 0; f < width; ++f) row[f] /= divisor;
     length[i] = norm < T(kNormEpsilon) ? -divisor : divisor;
   }
 }
 
-// The gradient of rows[order[i]], added to it, from that of its normalised self: the part along the row is lost.
+// Gradients of normalised rows become those of the rows themselves: the part along the row is lost.
 template <class T>
-SPSS_MULTIARCH void denormalise(const T* grads, const T* units, const T* length, const int64_t* order, int64_t count,
-                                int64_t width, T* to) {
+SPSS_MULTIARCH void denormalise(const T* units, const T* length, int64_t count, int64_t width, T* grads) {
   for (int64_t i = 0; i < count; ++i) {
-    const T *grad = grads + i * width, *unit = units + i * width;
+    T* grad = grads + i * width;
+    const T* unit = units + i * width;
     const T along = length[i] > 0 ? dot(grad, unit, width) : T(0), scale = T(1) / std::abs(length[i]);
-    T* out = to + order[i] * width;
     SPSS_SIMD
-    for (int64_t f = 0; f < width; ++f) out[f] += (grad[f] - along * unit[f]) * scale;
+    for (int64_t f = 0; f < width; ++f) grad[f] = (grad[f] - along * unit[f]) * scale;
   }
 }
 
@@ -167,101 +192,182 @@ SPSS_MULTIARCH double through_scores(int64_t count, int64_t banked, T temperatur
   return loss;
 }
 
+constexpr int64_t kSlots = 32;  // blocks are dealt to so many slots, whatever the number of threads
+
+// What a slot works with, rows of its block in the order of their classes.
 template <class T>
-struct Loss {
-  at::Tensor a, b, n;  // rows, compute type
-  int64_t voxels, width;
-  T temperature;
-  bool bidirectional, with_grad;
-  at::Tensor grad_a, grad_b, grad_n;
+struct Slot {
+  at::Tensor unit_a, unit_b, to_a, to_b, scores_a, scores_b, to_bank;  // to_bank: (classes, k, width)
+  std::vector<T> length_a, length_b, positive, slope;
+  std::vector<int32_t> place;   // the row of each voxel of the block
+  std::vector<int64_t> starts;  // the first row of each class
+  double loss = 0;
 
-  // Anchors `order[0..count)` of one class against the prototypes `bank[0..banked)`.
-  double one_class(const int64_t* order, int64_t count, const int64_t* bank, int64_t banked) {
-    const auto options = a.options();
-    const at::Tensor unit_a = at::empty({count, width}, options), unit_b = at::empty({count, width}, options);
-    const at::Tensor unit_n = at::empty({banked, width}, options);
-    std::vector<T> length_a(count), length_b(count), length_n(banked), positive(count), slope(count);
-    T *ua = unit_a.data_ptr<T>(), *ub = unit_b.data_ptr<T>(), *un = unit_n.data_ptr<T>();
-    const T scale = T(1) / T(voxels);
-    const Chunks chunks(1, count, 256);
-    std::vector<double> loss(chunks.count);
+  Slot(const at::TensorOptions& options, int64_t classes, int64_t k, int64_t width, bool with_grad)
+      : length_a(kTile), length_b(kTile), positive(kTile), slope(kTile), place(kTile), starts(classes + 1) {
+    unit_a = at::empty({kTile, width}, options);
+    unit_b = at::empty_like(unit_a);
+    scores_a = at::empty({kTile * k}, options);
+    scores_b = at::empty_like(scores_a);
+    if (!with_grad) return;
+    to_a = at::empty_like(unit_a);
+    to_b = at::empty_like(unit_a);
+    to_bank = at::zeros({classes, k, width}, options);
+  }
 
-    normalise(n.data_ptr<T>(), bank, banked, width, un, length_n.data());
-    chunks.run([&](int64_t, int64_t, int64_t begin, int64_t end) {
-      const int64_t at = begin * width, rows = end - begin;
-      normalise(a.data_ptr<T>(), order + begin, rows, width, ua + at, length_a.data() + begin);
-      normalise(b.data_ptr<T>(), order + begin, rows, width, ub + at, length_b.data() + begin);
-      positives(ua + at, ub + at, rows, width, temperature, positive.data() + begin);
-    });
-    const auto scores_of = [&](const at::Tensor& unit) {
-      at::Tensor scores = at::mm(unit, unit_n.t());
-      chunks.run([&](int64_t chunk, int64_t, int64_t begin, int64_t end) {
-        loss[chunk] += through_scores(end - begin, banked, temperature, scale, positive.data() + begin,
-                                      scores.data_ptr<T>() + begin * banked, slope.data() + begin);
-      });
-      return scores;
-    };
-    const at::Tensor scores_a = scores_of(unit_a), scores_b = bidirectional ? scores_of(unit_b) : at::Tensor();
-    const double total = std::accumulate(loss.begin(), loss.end(), 0.0);
-    if (!with_grad) return total;
-
-    const at::Tensor to_a = at::mm(scores_a, unit_n), to_n = at::mm(scores_a.t(), unit_a);
-    const at::Tensor to_b = bidirectional ? at::mm(scores_b, unit_n) : at::zeros_like(unit_b);
-    if (bidirectional) to_n.addmm_(scores_b.t(), unit_b);
-    chunks.run([&](int64_t, int64_t, int64_t begin, int64_t end) {
-      const int64_t at = begin * width, rows = end - begin;
-      T *ga = to_a.data_ptr<T>() + at, *gb = to_b.data_ptr<T>() + at;
-      add_positive(slope.data() + begin, ua + at, ub + at, rows, width, ga, gb);
-      denormalise(ga, ua + at, length_a.data() + begin, order + begin, rows, width, grad_a.data_ptr<T>());
-      denormalise(gb, ub + at, length_b.data() + begin, order + begin, rows, width, grad_b.data_ptr<T>());
-    });
-    // In one thread: a voxel may serve several classes.
-    denormalise(to_n.data_ptr<T>(), un, length_n.data(), bank, banked, width, grad_n.data_ptr<T>());
-    return total;
+  void sort(const int32_t* classes, int64_t count) {
+    std::fill(starts.begin(), starts.end(), 0);
+    for (int64_t i = 0; i < count; ++i) ++starts[classes[i] + 1];
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    std::vector<int64_t> next(starts.begin(), starts.end() - 1);
+    for (int64_t i = 0; i < count; ++i) place[i] = static_cast<int32_t>(next[classes[i]]++);
   }
 };
 
-// Gradients of the features are those of the loss itself (upstream 1), of the compute type and in the features' shape.
+template <class T, class scalar_t>
+struct Loss {
+  const Planes &a, &b, &n;
+  const int32_t* anchor_class;
+  const int64_t *indices, *counts;  // the prototypes
+  int64_t classes, k;
+  T temperature;
+  bool bidirectional, with_grad;
+  at::Tensor bank = {};         // (classes, k, width), normalised
+  std::vector<T> lengths = {};  // (classes, k)
+
+  T scale() const { return T(1) / (T(a.batch) * T(a.voxels)); }
+  at::Tensor bank_of(const at::Tensor& all, int64_t c) const { return all.select(0, c).narrow(0, 0, counts[c]); }
+
+  // One class's rows of a block against its bank.
+  void run_class(Slot<T>& s, int64_t c) const {
+    const int64_t begin = s.starts[c], count = s.starts[c + 1] - begin, banked = counts[c];
+    const at::Tensor prototypes = bank_of(bank, c);
+    const auto direction = [&](const at::Tensor& units, const at::Tensor& buffer, const at::Tensor& to) {
+      const at::Tensor unit = units.narrow(0, begin, count);
+      at::Tensor scores = buffer.narrow(0, 0, count * banked).view({count, banked});
+      at::mm_out(scores, unit, prototypes.t());
+      s.loss += through_scores(count, banked, temperature, scale(), s.positive.data() + begin, scores.data_ptr<T>(),
+                               s.slope.data() + begin);
+      if (!with_grad) return;
+      at::Tensor grad = to.narrow(0, begin, count);
+      at::mm_out(grad, scores, prototypes);
+      bank_of(s.to_bank, c).addmm_(scores.t(), unit);
+    };
+    direction(s.unit_a, s.scores_a, s.to_a);
+    if (bidirectional) direction(s.unit_b, s.scores_b, s.to_b);
+  }
+
+  void run_block(Slot<T>& s, int64_t volume, int64_t begin, int64_t count, const Planes* grad_a,
+                 const Planes* grad_b) const {
+    const int64_t width = a.channels;
+    T *unit_a = s.unit_a.template data_ptr<T>(), *unit_b = s.unit_b.template data_ptr<T>();
+    s.sort(anchor_class + volume * a.voxels + begin, count);
+    read_features(a.at_voxel<const scalar_t>(volume, begin), a.channel_stride, a.voxel_stride, count, width,
+                  s.place.data(), unit_a);
+    read_features(b.at_voxel<const scalar_t>(volume, begin), b.channel_stride, b.voxel_stride, count, width,
+                  s.place.data(), unit_b);
+    normalise(count, width, unit_a, s.length_a.data());
+    normalise(count, width, unit_b, s.length_b.data());
+    positives(unit_a, unit_b, count, width, temperature, s.positive.data());
+    std::fill(s.slope.begin(), s.slope.end(), T(0));
+    if (with_grad) s.to_a.zero_(), s.to_b.zero_();
+    for (int64_t c = 0; c < classes; ++c)
+      if (counts[c] > 0 && s.starts[c + 1] > s.starts[c]) run_class(s, c);
+    if (!with_grad) return;
+    T *to_a = s.to_a.template data_ptr<T>(), *to_b = s.to_b.template data_ptr<T>();
+    add_positive(s.slope.data(), unit_a, unit_b, count, width, to_a, to_b);
+    denormalise(unit_a, s.length_a.data(), count, width, to_a);
+    denormalise(unit_b, s.length_b.data(), count, width, to_b);
+    write_features(to_a, s.place.data(), count, width, grad_a->channel_stride, grad_a->voxel_stride,
+                   grad_a->at_voxel<T>(volume, begin));
+    write_features(to_b, s.place.data(), count, width, grad_b->channel_stride, grad_b->voxel_stride,
+                   grad_b->at_voxel<T>(volume, begin));
+  }
+
+  void read_bank() {
+    bank = at::zeros({classes, k, n.channels}, a.tensor.options().dtype(c10::CppTypeToScalarType<T>::value));
+    lengths.resize(classes * k);
+    const int32_t first = 0;
+    for (int64_t i = 0; i < classes * k; ++i) {
+      if (indices[i] < 0) continue;
+      T* row = bank.template data_ptr<T>() + i * n.channels;
+      read_features(n.at_voxel<const scalar_t>(indices[i] / n.voxels, indices[i] % n.voxels), n.channel_stride,
+                    n.voxel_stride, 1, n.channels, &first, row);
+      normalise(1, n.channels, row, lengths.data() + i);
+    }
+  }
+
+  // The gradients of the prototypes, added up voxel by voxel: one voxel may serve several classes.
+  void write_bank(const at::Tensor& to_bank, const Planes& grad_n) const {
+    const T* unit = bank.template data_ptr<T>();
+    T* grad = to_bank.template data_ptr<T>();
+    for (int64_t i = 0; i < classes * k; ++i, unit += n.channels, grad += n.channels) {
+      if (indices[i] < 0) continue;
+      denormalise(unit, lengths.data() + i, 1, n.channels, grad);
+      T* to = grad_n.at_voxel<T>(indices[i] / n.voxels, indices[i] % n.voxels);
+      for (int64_t f = 0; f < n.channels; ++f) to[f * grad_n.channel_stride] += grad[f];
+    }
+  }
+
+  double run(const Planes* grad_a, const Planes* grad_b, const Planes* grad_n) {
+    read_bank();
+    const Chunks blocks(a.batch, a.voxels, kTile);
+    const int64_t slots = std::min(kSlots, blocks.count);
+    std::vector<double> loss(slots);
+    std::vector<at::Tensor> to_bank(slots);
+    at::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
+      const at::AutoDispatchBelowAutograd below_autograd;
+      for (int64_t slot = first; slot < last; ++slot) {
+        Slot<T> s(bank.options(), classes, k, a.channels, with_grad);
+        for (int64_t block = slot * blocks.count / slots; block < (slot + 1) * blocks.count / slots; ++block) {
+          const int64_t begin = block % blocks.per_volume * kTile;
+          run_block(s, block / blocks.per_volume, begin, std::min(kTile, a.voxels - begin), grad_a, grad_b);
+        }
+        loss[slot] = s.loss;
+        to_bank[slot] = s.to_bank;
+      }
+    });
+    if (with_grad) {
+      for (int64_t slot = 1; slot < slots; ++slot) to_bank[0].add_(to_bank[slot]);
+      write_bank(to_bank[0], *grad_n);
+    }
+    return std::accumulate(loss.begin(), loss.end(), 0.0);
+  }
+};
+
+// Gradients of the features are those of the loss itself (upstream 1), of the compute type, in the features' layout.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(
     const at::Tensor& a, const at::Tensor& b, const at::Tensor& n, const at::Tensor& logits_a,
     const at::Tensor& logits_n, int64_t k, double temperature, bool bidirectional, bool with_grad) {
-  const at::ScalarType type = compute_type(a);
+  const auto options = a.options().dtype(compute_type(a));
+  const auto gradient = [&](const at::Tensor& x) {
+    return with_grad ? at::zeros_like(x, options) : at::empty({0}, options);
+  };
+  const at::Tensor loss = at::full({}, std::numeric_limits<double>::quiet_NaN(), options);
+  const at::Tensor grad_a = gradient(a), grad_b = gradient(b), grad_n = gradient(n);
+  if (a.numel() == 0) return {loss, grad_a, grad_b, grad_n};
+
   const auto [indices, counts] = select_prototypes(logits_n, k);
-  const at::Tensor classes = logits_a.argmax(1).flatten();
-  const int64_t channels = logits_a.size(1), voxels = classes.numel();
-
-  std::vector<int64_t> start(channels + 1), order(voxels);  // anchors by class, in voxel order
-  const int64_t* of = classes.data_ptr<int64_t>();
-  for (int64_t v = 0; v < voxels; ++v) ++start[of[v] + 1];
-  std::partial_sum(start.begin(), start.end(), start.begin());
-  std::vector<int64_t> next(start.begin(), start.end() - 1);
-  for (int64_t v = 0; v < voxels; ++v) order[next[of[v]]++] = v;
-
-  at::Tensor loss = at::zeros({}, a.options().dtype(type)), grad_a, grad_b, grad_n;
-  AT_DISPATCH_FLOATING_TYPES(type, "contrastive_loss", [&] {
-    Loss<scalar_t> job{as_rows(a, type), as_rows(b, type), as_rows(n, type), voxels, a.size(1),
-                       static_cast<scalar_t>(temperature), bidirectional, with_grad, {}, {}, {}};
-    const auto options = job.a.options();
-    job.grad_a = at::zeros({with_grad ? voxels : 0, job.width}, options);
-    job.grad_b = at::zeros_like(job.grad_a);
-    job.grad_n = at::zeros_like(job.grad_a);
+  const Planes classes = planes(logits_a), of_a = planes(a), of_b = planes(b), of_n = planes(n);
+  std::vector<int32_t> anchor_class(classes.batch * classes.voxels);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits_a.scalar_type(), "contrastive_loss",
+                                  [&] { predictions<scalar_t>(classes, anchor_class.data()); });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, a.scalar_type(), "contrastive_loss", [&] {
+    using T = compute_t<scalar_t>;
+    Loss<T, scalar_t> job{of_a, of_b, of_n, anchor_class.data(), indices.template data_ptr<int64_t>(),
+                          counts.template data_ptr<int64_t>(), classes.channels, k, static_cast<T>(temperature),
+                          bidirectional, with_grad};
     double sum = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t anchors = start[c + 1] - start[c], banked = counts.data_ptr<int64_t>()[c];
-      if (anchors > 0 && banked > 0)
-        sum += job.one_class(order.data() + start[c], anchors, indices.data_ptr<int64_t>() + c * k, banked);
+    if (with_grad) {
+      write_planes(grad_a, [&](const Planes& to_a) {
+        write_planes(grad_b, [&](const Planes& to_b) {
+          write_planes(grad_n, [&](const Planes& to_n) { sum = job.run(&to_a, &to_b, &to_n); });
+        });
+      });
+    } else {
+      sum = job.run(nullptr, nullptr, nullptr);
     }
-    loss.fill_(sum / voxels);
-    const auto shaped = [&](const at::Tensor& rows, const at::Tensor& like) {
-      if (!with_grad) return at::empty({0}, options);
-      auto shape = like.sizes().vec();
-      shape.push_back(shape[1]);
-      shape.erase(shape.begin() + 1);
-      return rows.view(shape).movedim(-1, 1);
-    };
-    grad_a = shaped(job.grad_a, a);
-    grad_b = shaped(job.grad_b, b);
-    grad_n = shaped(job.grad_n, n);
+    loss.fill_(sum / (of_a.batch * of_a.voxels));
   });
   return {loss, grad_a, grad_b, grad_n};
 }

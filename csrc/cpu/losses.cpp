@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "cpu/memory.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -195,12 +196,13 @@ at::Tensor backward(const at::Tensor& logits, const at::Tensor& target, const at
                     const Slopes& slopes, bool on_probabilities) {
   const at::Tensor labels = target.contiguous(), weights = weight.contiguous();
   const Planes in = planes(logits);
-  at::Tensor grad = at::empty_like(in.tensor);
-  const Planes out = planes(grad);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ce_dice_backward", [&] {
-    const auto run = on_probabilities ? &backward_pass<masked, true, compute_t<scalar_t>, scalar_t, weight_t>
-                                      : &backward_pass<masked, false, compute_t<scalar_t>, scalar_t, weight_t>;
-    run(in, labels.data_ptr<int64_t>(), weights.data_ptr<weight_t>(), slopes, out);
+  at::Tensor grad = with_huge_pages(at::empty_like(logits));
+  write_planes(grad, [&](const Planes& out) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ce_dice_backward", [&] {
+      const auto run = on_probabilities ? &backward_pass<masked, true, compute_t<scalar_t>, scalar_t, weight_t>
+                                        : &backward_pass<masked, false, compute_t<scalar_t>, scalar_t, weight_t>;
+      run(in, labels.data_ptr<int64_t>(), weights.data_ptr<weight_t>(), slopes, out);
+    });
   });
   return grad;
 }

@@ -47,6 +47,13 @@ SPSS_HD void warp_slice(const Plane& plane, const Word* __restrict bits, Word* _
     }
 }
 
+SPSS_HD Band occupied(const Plane& plane, const Word* bits) {
+  int first = 0, last = plane.size();
+  while (first < last && bits[first] == 0) ++first;
+  while (last > first && bits[last - 1] == 0) --last;
+  return {first / plane.words, (last + plane.words - 1) / plane.words};
+}
+
 // Carries the slice at `index` to one end of the volume; slice z is stored at slices + z * plane.size().
 template <typename Flow, typename T>
 SPSS_MULTIARCH void chain(
@@ -56,11 +63,11 @@ SPSS_MULTIARCH void chain(
   const Word* current = slices + index * plane.size();
   const int64_t step = up ? 1 : -1;
   for (int64_t z = index + step; up ? z < depth : z >= 0; z += step) {
-    Word any = 0;
-    for (int i = 0; i < plane.size(); ++i) any |= current[i];
-    if (any == 0) return;  // an empty slice stays empty, and slices start out so
     warp_slice<Flow, T>(plane, current, work.bits, flows + (up ? z - 1 : z) * 2 * voxels);
-    post(Alone(), plane, work, static_cast<int>(std::abs(z - index)), settings);
+    const Band band = occupied(plane, work.bits);
+    if (band.begin == band.end) return;  // an empty slice stays empty, and slices start out so
+    std::fill(work.spare, work.spare + plane.size(), 0);
+    post(Alone(), plane, band, work, static_cast<int>(std::abs(z - index)), settings);
     Word* const stored = slices + z * plane.size();
     std::copy(work.bits, work.bits + plane.size(), stored);
     current = stored;

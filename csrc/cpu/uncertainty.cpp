@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "cpu/memory.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -11,10 +12,29 @@ namespace {
 
 constexpr int64_t kChunk = 16384;
 
+// Two channels, each in one piece on both sides: nothing is staged.
+template <class T, class scalar_t>
+SPSS_MULTIARCH void accumulate_two(const scalar_t* a, const scalar_t* b, int64_t count, T* to_a, T* to_b) {
+  SPSS_SIMD
+  for (int64_t i = 0; i < count; ++i) {
+    T p, q, top, sum;
+    softmax_of_two(static_cast<T>(a[i]), static_cast<T>(b[i]), p, q, top, sum);
+    to_a[i] += p;
+    to_b[i] += q;
+  }
+}
+
 template <class T, class scalar_t>
 void accumulate(const Planes& total, const Planes& logits) {
   const int64_t channels = logits.channels;
+  const bool two_pieces = channels == 2 && logits.voxel_stride == 1 && total.voxel_stride == 1;
   Chunks(logits.batch, logits.voxels, kChunk).run([&](int64_t, int64_t b, int64_t begin, int64_t end) {
+    if (two_pieces) {
+      const scalar_t* from = logits.at_voxel<const scalar_t>(b, begin);
+      T* to = total.at_voxel<T>(b, begin);
+      accumulate_two(from, from + logits.channel_stride, end - begin, to, to + total.channel_stride);
+      return;
+    }
     std::vector<T> scratch(channels * kTile), p(channels * kTile), top(kTile), sum(kTile);
     for (; begin < end; begin += kTile) {
       const int64_t count = std::min(kTile, end - begin);
@@ -28,37 +48,24 @@ void accumulate(const Planes& total, const Planes& logits) {
 
 void accumulate_softmax(at::Tensor& total, const at::Tensor& logits) {
   if (logits.numel() == 0) return;
-  // Spatial axes that do not merge leave no way to write in place but through a copy.
-  at::Tensor merged = spatial_axes_merge(total) ? total : total.contiguous();
-  const Planes sum = planes(merged), in = planes(logits);
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "accumulate_softmax",
-                                  [&] { accumulate<compute_t<scalar_t>, scalar_t>(sum, in); });
-  if (!merged.is_same(total)) total.copy_(merged);
-}
-
-// Bits that sort as the numbers do; NaN comes last, and -0 equals 0.
-template <class T>
-inline auto order_key(T value) {
-  using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-  constexpr int sign = sizeof(T) * 8 - 1;
-  value += T(0);
-  Key bits;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits ^= (bits >> sign) ? ~Key(0) : Key(1) << sign;
-  return value == value ? bits : ~Key(0);
-}
-
-template <class T, class Key>
-inline T value_of_key(Key bits) {
-  constexpr int sign = sizeof(T) * 8 - 1;
-  bits ^= (bits >> sign) ? Key(1) << sign : ~Key(0);
-  T value;
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
+  const Planes in = planes(logits);
+  write_planes(total, [&](const Planes& sum) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "accumulate_softmax",
+                                    [&] { accumulate<compute_t<scalar_t>, scalar_t>(sum, in); });
+  });
 }
 
 constexpr int kDigit = 16;
 constexpr int64_t kBins = int64_t(1) << kDigit;
+
+// One 16-bit digit of the bits that sort as the numbers do; NaN comes last, and -0 equals 0.
+template <class T>
+SPSS_HD uint32_t digit(T value, int shift) {
+  using Key = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  constexpr int sign = sizeof(T) * 8 - 1;
+  const Key bits = std::bit_cast<Key>(value + T(0)), flip = (Key(0) - (bits >> sign)) | Key(1) << sign;
+  return static_cast<uint32_t>((value == value ? bits ^ flip : ~Key(0)) >> shift) & uint32_t(kBins - 1);
+}
 
 // One histogram a thread, then their sum: counts are integers, so the order of threads cannot show.
 struct Histogram {
@@ -70,103 +77,110 @@ struct Histogram {
     for (size_t at = bin; at < bins.size(); at += kBins) sum += bins[at];
     return sum;
   }
+  // The bin of the keep-th lowest value; `keep` becomes its rank within that bin.
+  uint32_t find(int64_t& keep) const {
+    int64_t bin = 0;
+    for (int64_t here = total(0); here < keep; here = total(++bin)) keep -= here;
+    return static_cast<uint32_t>(bin);
+  }
 };
 
 template <class T>
-SPSS_MULTIARCH void entropy_rows(Rows<T> total, int64_t channels, int64_t count, T passes, T* result) {
+constexpr int kTopDigit = sizeof(T) * 8 - kDigit;
+
+template <class T>
+SPSS_MULTIARCH void entropy_rows(Rows<T> total, int64_t channels, int64_t count, T per_pass, T* result,
+                                 uint16_t* digits) {
   SPSS_SIMD
-  for (int64_t i = 0; i < count; ++i) result[i] = entropy_term(total.data[i] / passes);
+  for (int64_t i = 0; i < count; ++i) result[i] = entropy_term(total.data[i] * per_pass);
   for (int64_t c = 1; c < channels; ++c) {
     SPSS_SIMD
-    for (int64_t i = 0; i < count; ++i) result[i] += entropy_term(total.data[c * total.stride + i] / passes);
+    for (int64_t i = 0; i < count; ++i) result[i] += entropy_term(total.data[c * total.stride + i] * per_pass);
   }
+  SPSS_SIMD
+  for (int64_t i = 0; i < count; ++i) digits[i] = static_cast<uint16_t>(digit(result[i], kTopDigit<T>));
 }
 
 template <class T>
-void entropy(const Planes& total, T passes, T* result, Histogram& histogram) {
-  constexpr int shift = sizeof(T) * 8 - kDigit;
+void entropy(const Planes& total, int64_t passes, T* result, Histogram& histogram) {
   Chunks(total.batch, total.voxels, kChunk).run([&](int64_t, int64_t b, int64_t begin, int64_t end) {
     uint32_t* bins = histogram.mine();
     std::vector<T> scratch(total.channels * kTile);
+    uint16_t digits[kTile];
     for (; begin < end; begin += kTile) {
       const int64_t count = std::min(kTile, end - begin);
       const Rows<T> in = read_rows<T, T>(total, b, begin, count, scratch.data());
-      T* out = result + b * total.voxels + begin;
-      entropy_rows(in, total.channels, count, passes, out);
-      for (int64_t i = 0; i < count; ++i) ++bins[order_key(out[i]) >> shift];
+      entropy_rows(in, total.channels, count, T(1) / T(passes), result + b * total.voxels + begin, digits);
+      for (int64_t i = 0; i < count; ++i) ++bins[digits[i]];
     }
   });
 }
 
-// The key of the keep-th smallest value, found 16 bits at a time; `keep` becomes how many of its equals to take.
+// mask = digit below `bin`; returns how many are equal to it.
 template <class T>
-auto find_threshold(const T* values, int64_t count, const Histogram& first, int64_t& keep) {
-  using Key = decltype(order_key(T()));
-  Key prefix = 0;
-  for (int shift = sizeof(T) * 8 - kDigit; shift >= 0; shift -= kDigit) {
-    Histogram next;
-    const bool is_first = shift == int(sizeof(T)) * 8 - kDigit;
-    if (!is_first) {
-      Chunks(1, count, kChunk).run([&](int64_t, int64_t, int64_t begin, int64_t end) {
-        uint32_t* bins = next.mine();
-        for (int64_t i = begin; i < end; ++i) {
-          const Key key = order_key(values[i]) >> shift;
-          if (key >> kDigit == prefix) ++bins[key & (kBins - 1)];
-        }
-      });
-    }
-    const Histogram& histogram = is_first ? first : next;
-    int64_t bin = 0;
-    for (int64_t here = histogram.total(0); here < keep; here = histogram.total(++bin)) keep -= here;
-    prefix = prefix << kDigit | Key(bin);
-  }
-  return prefix;
-}
-
-// mask = value < threshold; returns how many are equal to it.
-template <class T>
-SPSS_MULTIARCH int64_t below(const T* values, int64_t count, T threshold, bool* mask) {
+SPSS_MULTIARCH int32_t take_below(const T* values, int64_t count, uint32_t bin, bool* mask) {
   int32_t equal = 0;
+  SPSS_SIMD_SUM(equal)
   for (int64_t i = 0; i < count; ++i) {
-    mask[i] = values[i] < threshold;
-    equal += values[i] == threshold;
+    const uint32_t here = digit(values[i], kTopDigit<T>);
+    mask[i] = here < bin;
+    equal += here == bin;
   }
   return equal;
 }
 
+// Radix selection from the top: values with a lower digit than the keep-th one's are in, those with a higher one out,
+// and only its equals look at their next digit. What is equal to the last digit goes by index.
 template <class T>
-void select_lowest(const T* values, int64_t count, const Histogram& histogram, int64_t keep, bool* mask) {
-  const T threshold = value_of_key<T>(find_threshold(values, count, histogram, keep));
+void select_lowest(const T* values, int64_t count, const Histogram& top, int64_t keep, bool* mask) {
   const Chunks chunks(1, count, kChunk);
-  std::vector<int64_t> equals(chunks.count);
+  std::vector<std::vector<int64_t>> undecided(chunks.count);
+  uint32_t bin = top.find(keep);
   chunks.run([&](int64_t chunk, int64_t, int64_t begin, int64_t end) {
-    equals[chunk] = below(values + begin, end - begin, threshold, mask + begin);
+    for (; begin < end; begin += kTile) {
+      const int64_t here = std::min(kTile, end - begin);
+      if (!take_below(values + begin, here, bin, mask + begin)) continue;
+      for (int64_t i = begin; i < begin + here; ++i)
+        if (digit(values[i], kTopDigit<T>) == bin) undecided[chunk].push_back(i);
+    }
   });
-  for (int64_t chunk = 0; keep > 0 && chunk < chunks.count; ++chunk) {
-    if (!equals[chunk]) continue;
-    for (int64_t i = chunk * kChunk; keep > 0 && equals[chunk] > 0; ++i)
-      if (values[i] == threshold) mask[i] = true, --keep, --equals[chunk];
+  for (int shift = kTopDigit<T> - kDigit; shift >= 0; shift -= kDigit) {
+    Histogram next;
+    chunks.run([&](int64_t chunk, int64_t, int64_t, int64_t) {
+      uint32_t* bins = next.mine();
+      for (const int64_t i : undecided[chunk]) ++bins[digit(values[i], shift)];
+    });
+    bin = next.find(keep);
+    chunks.run([&](int64_t chunk, int64_t, int64_t, int64_t) {
+      auto& mine = undecided[chunk];
+      const auto decided = [&](int64_t i) {
+        const uint32_t here = digit(values[i], shift);
+        if (here < bin) mask[i] = true;
+        return here != bin;
+      };
+      mine.erase(std::remove_if(mine.begin(), mine.end(), decided), mine.end());
+    });
   }
+  for (int64_t chunk = 0; keep > 0 && chunk < chunks.count; ++chunk)
+    for (const int64_t i : undecided[chunk])
+      if (keep-- > 0) mask[i] = true;
 }
 
 std::tuple<at::Tensor, at::Tensor> uncertainty_mask(const at::Tensor& total, int64_t passes, const at::Tensor& keep) {
   auto shape = total.sizes().vec();
   shape.erase(shape.begin() + 1);
-  at::Tensor result = at::empty(shape, total.options().memory_format(at::MemoryFormat::Contiguous));
-  at::Tensor mask = at::zeros(shape, result.options().dtype(at::kBool));
+  at::Tensor result = with_huge_pages(at::empty(shape, total.options()));
+  at::Tensor mask = with_huge_pages(at::empty(shape, result.options().dtype(at::kBool)));
   if (result.numel() == 0) return {result, mask};
   const Planes in = planes(total);
   AT_DISPATCH_FLOATING_TYPES(total.scalar_type(), "uncertainty_mask", [&] {
     Histogram histogram;
     scalar_t* values = result.data_ptr<scalar_t>();
-    entropy(in, static_cast<scalar_t>(passes), values, histogram);
-    // Every NaN has the largest key, which no number has.
-    int64_t missing = 0;
-    if (histogram.total(kBins - 1)) {
-      for (int64_t i = 0; i < result.numel(); ++i) missing += values[i] != values[i];
-    }
-    const int64_t chosen = std::min(keep.item<int64_t>(), result.numel() - missing);
+    entropy(in, passes, values, histogram);
+    const int64_t numbers = result.numel() - histogram.total(kBins - 1);  // the last bin holds NaN and nothing else
+    const int64_t chosen = std::min(keep.item<int64_t>(), numbers);
     if (chosen > 0) select_lowest(values, result.numel(), histogram, chosen, mask.data_ptr<bool>());
+    else mask.zero_();
   });
   return {result, mask};
 }

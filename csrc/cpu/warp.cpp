@@ -8,6 +8,7 @@
 #include <limits>
 #include <string_view>
 
+#include "cpu/memory.h"
 #include "cpu/multiarch.h"
 #include "math/warp.h"
 
@@ -140,13 +141,29 @@ SPSS_MULTIARCH void displacement_row(
 
 constexpr int kChunk = 64;
 
+template <typename T, typename Index, int nd>
+struct Chunk {
+  alignas(64) Index offset[kChunk];
+  alignas(64) T weight[nd][2][kChunk];
+
+  template <bool border>
+  SPSS_HD void put(const Row<T, Index, nd>& row, int64_t start, int64_t j, int64_t step) {
+    Corner<T, Index> corners[nd];
+    find_corners<border>(row, start + j, step, corners);
+    offset[j] = lower<nd>(corners);
+    for (int axis = 0; axis < nd; ++axis) {
+      weight[axis][0][j] = corners[axis].weight0;
+      weight[axis][1][j] = corners[axis].weight1;
+    }
+  }
+};
+
 // Adds one row's gradients to the voxels they came from. Offsets and weights come first, vectorised; the scattered sums
 // that no vector unit has follow voxel by voxel.
 template <bool border, bool nearest, typename T, typename Index, int nd>
 SPSS_MULTIARCH void image_row(const Row<T, Index, nd>& row, const T* __restrict grad, T* __restrict out) {
   const Row<T, Index, nd> local = row;
-  alignas(64) Index offset[kChunk];
-  alignas(64) T weight[nd][2][kChunk];
+  Chunk<T, Index, nd> chunk;
   for (int64_t start = 0; start < local.length; start += kChunk) {
     const int64_t count = std::min<int64_t>(kChunk, local.length - start);
     if constexpr (nearest) {
@@ -159,23 +176,19 @@ SPSS_MULTIARCH void image_row(const Row<T, Index, nd>& row, const T* __restrict 
       }
       continue;
     }
-    SPSS_SIMD
-    for (int64_t j = 0; j < count; ++j) {
-      Corner<T, Index> corners[nd];
-      find_corners<border>(local, start + j, local.shift_step, corners);
-      offset[j] = lower<nd>(corners);
-      for (int axis = 0; axis < nd; ++axis) {
-        weight[axis][0][j] = corners[axis].weight0;
-        weight[axis][1][j] = corners[axis].weight1;
-      }
+    if (local.shift_step == 1) {
+      SPSS_SIMD
+      for (int64_t j = 0; j < count; ++j) chunk.template put<border>(local, start, j, 1);
+    } else {
+      for (int64_t j = 0; j < count; ++j) chunk.template put<border>(local, start, j, local.shift_step);
     }
     for (int64_t j = 0; j < count; ++j) {
       Corner<T, Index> corners[nd];
       for (int axis = 0; axis < nd; ++axis) {
-        corners[axis].weight0 = weight[axis][0][j];
-        corners[axis].weight1 = weight[axis][1][j];
+        corners[axis].weight0 = chunk.weight[axis][0][j];
+        corners[axis].weight1 = chunk.weight[axis][1][j];
       }
-      T* const target = out + offset[j];
+      T* const target = out + chunk.offset[j];
       spread<0, nd>(corners, local.axes, Index(0), grad[start + j], [&](Index to, T value) { target[to] += value; });
     }
   }
@@ -228,7 +241,7 @@ constexpr int64_t kGrain = 4096;  // voxels below which a thread is not worth wa
 Tensor warp(const Tensor& image, const Tensor& displacement, std::string_view mode, std::string_view padding) {
   check(image, displacement);
   const Tensor source = widened(image);
-  Tensor out = at::empty(image.sizes(), source.options());
+  Tensor out = with_huge_pages(at::empty(image.sizes(), source.options()));
   if (out.numel() == 0) return out.to(image.scalar_type());
   choose(source, mode, padding, [&](auto border, auto nearest, auto zero, auto index, auto dimensions) {
     using T = decltype(zero);
@@ -258,10 +271,11 @@ std::tuple<Tensor, Tensor> warp_backward(
   TORCH_CHECK_VALUE(grad.sizes() == image.sizes(), "grad must be of image's sizes, not ", grad.sizes());
   TORCH_CHECK_TYPE(grad.scalar_type() == image.scalar_type(), "grad must be of image's dtype");
   const Tensor source = widened(image), upstream = widened(grad).contiguous();
-  Tensor for_image = image_grad ? at::zeros(image.sizes(), source.options()) : at::empty({0}, source.options());
+  Tensor for_image = image_grad ? with_huge_pages(at::empty(image.sizes(), source.options())).zero_()
+                                : at::empty({0}, source.options());
   const bool slopes = displacement_grad && mode != "nearest" && grad.numel() > 0;
   Tensor for_displacement = !displacement_grad ? at::empty({0}, displacement.options())
-      : slopes                                 ? at::empty(displacement.sizes(), displacement.options())
+      : slopes                                 ? with_huge_pages(at::empty(displacement.sizes(), displacement.options()))
                                                : at::zeros(displacement.sizes(), displacement.options());
   if (grad.numel() == 0) return {for_image.to(image.scalar_type()), for_displacement};
   if (slopes) {

@@ -2,7 +2,7 @@
 //
 // A slice is `height` rows of `words` 32-bit words, bit x % 32 of word x / 32 being voxel x; bits past `width` are 0.
 // Every function is run by all members of a team (one thread on the host, a block on the device), each taking every
-// team.size-th word, and ends synchronised.
+// team.size-th word, and ends synchronised. Only the rows of a band are visited: outside it all buffers are 0.
 #pragma once
 
 #include "math/common.h"
@@ -25,6 +25,14 @@ struct Plane {
   SPSS_HD Word valid(int word) const {
     const int left = width - word * kWordBits;
     return left >= kWordBits ? ~Word(0) : (Word(1) << left) - 1;
+  }
+};
+
+struct Band {
+  int begin, end;
+
+  SPSS_HD Band grown(const Plane& plane, int reach) const {
+    return {begin > reach ? begin - reach : 0, end + reach < plane.height ? end + reach : plane.height};
   }
 };
 
@@ -59,9 +67,17 @@ struct Morphology {
   }
 
   static SPSS_HD Word along_row(const Word* bits, const Plane& plane, int y, int word, int reach) {
-    Word result = at(bits, plane, y, word);
-    for (int shift = 1; shift <= reach; ++shift)
-      result = join(result, join(shifted(bits, plane, y, word, shift), shifted(bits, plane, y, word, -shift)));
+    const Word here = at(bits, plane, y, word);
+    Word result = here;
+    if (reach < kWordBits) {
+      const Word left = at(bits, plane, y, word - 1), right = at(bits, plane, y, word + 1);
+      for (int shift = 1; shift <= reach; ++shift)
+        result = join(
+            result, join(here >> shift | right << (kWordBits - shift), here << shift | left >> (kWordBits - shift)));
+    } else {
+      for (int shift = 1; shift <= reach; ++shift)
+        result = join(result, join(shifted(bits, plane, y, word, shift), shifted(bits, plane, y, word, -shift)));
+    }
     return result;
   }
 
@@ -74,8 +90,9 @@ struct Morphology {
 
   // By a cross of width 2 * reach + 1; from `in` to `out`.
   template <typename Team>
-  static SPSS_HD void cross(const Team& team, const Plane& plane, const Word* in, Word* out, int reach) {
-    for (int i = team.rank; i < plane.size(); i += team.size) {
+  static SPSS_HD void cross(
+      const Team& team, const Plane& plane, const Band& band, const Word* in, Word* out, int reach) {
+    for (int i = band.begin * plane.words + team.rank; i < band.end * plane.words; i += team.size) {
       const int y = i / plane.words, word = i % plane.words;
       Word result = 0;
       if (!erode || in[i] != 0)  // most of a slice is empty, and what is unset stays so under erosion
@@ -87,11 +104,12 @@ struct Morphology {
 
   // By a square of width 2 * reach + 1, in place; `spare` holds the half-way result.
   template <typename Team>
-  static SPSS_HD void square(const Team& team, const Plane& plane, Word* bits, Word* spare, int reach) {
-    for (int i = team.rank; i < plane.size(); i += team.size)
+  static SPSS_HD void square(
+      const Team& team, const Plane& plane, const Band& band, Word* bits, Word* spare, int reach) {
+    for (int i = band.begin * plane.words + team.rank; i < band.end * plane.words; i += team.size)
       spare[i] = along_row(bits, plane, i / plane.words, i % plane.words, reach) & plane.valid(i % plane.words);
     team.sync();
-    for (int i = team.rank; i < plane.size(); i += team.size)
+    for (int i = band.begin * plane.words + team.rank; i < band.end * plane.words; i += team.size)
       bits[i] = along_column(spare, plane, i / plane.words, i % plane.words, reach) & plane.valid(i % plane.words);
     team.sync();
   }
@@ -143,11 +161,12 @@ SPSS_HD void unite(const Team& team, int* parent, int a, int b) {
 // and `count` have plane.names() entries, of which only those of run starts are used.
 template <typename Team>
 SPSS_HD void largest_component(
-    const Team& team, const Plane& plane, const Word* in, Word* out, int* parent, int* count,
+    const Team& team, const Plane& plane, const Band& band, const Word* in, Word* out, int* parent, int* count,
     unsigned long long* best) {
+  const int begin = band.begin * plane.words, end = band.end * plane.words;
   const int names = plane.names_a_row();
   if (team.rank == 0) *best = 0;
-  for (int i = team.rank; i < plane.size(); i += team.size) {
+  for (int i = begin + team.rank; i < end; i += team.size) {
     const int y = i / plane.words, word = i % plane.words;
     for (Word starts = run_starts(in + y * plane.words, word); starts != 0; starts &= starts - 1) {
       const int name = y * names + (word * kWordBits + lowest_bit(starts)) / 2;
@@ -156,7 +175,7 @@ SPSS_HD void largest_component(
     }
   }
   team.sync();
-  for (int i = team.rank + plane.words; i < plane.size(); i += team.size) {
+  for (int i = begin + plane.words + team.rank; i < end; i += team.size) {
     const int y = i / plane.words, word = i % plane.words;
     const Word* row = in + y * plane.words;
     const Word* above = row - plane.words;
@@ -164,8 +183,8 @@ SPSS_HD void largest_component(
       const int x = word * kWordBits + lowest_bit(starts);
       const int name = y * names + x / 2;
       // Voxels first..last of the row above touch this run; every run among them is united with it.
-      const int first = x > 0 ? x - 1 : 0, end = run_end(row, plane, x);
-      const int last = end < plane.width ? end : plane.width - 1;
+      const int first = x > 0 ? x - 1 : 0, after = run_end(row, plane, x);
+      const int last = after < plane.width ? after : plane.width - 1;
       for (int at = first; at <= last;) {
         const int in_word = at / kWordBits;
         const Word rest = above[in_word] & ~((Word(1) << at % kWordBits) - 1);
@@ -181,7 +200,7 @@ SPSS_HD void largest_component(
     }
   }
   team.sync();
-  for (int i = team.rank; i < plane.size(); i += team.size) {
+  for (int i = begin + team.rank; i < end; i += team.size) {
     const int y = i / plane.words, word = i % plane.words;
     const Word* row = in + y * plane.words;
     for (Word starts = run_starts(row, word); starts != 0; starts &= starts - 1) {
@@ -190,7 +209,7 @@ SPSS_HD void largest_component(
     }
   }
   team.sync();
-  for (int i = team.rank; i < plane.size(); i += team.size) {
+  for (int i = begin + team.rank; i < end; i += team.size) {
     const int y = i / plane.words, word = i % plane.words;
     for (Word starts = run_starts(in + y * plane.words, word); starts != 0; starts &= starts - 1) {
       const int name = y * names + (word * kWordBits + lowest_bit(starts)) / 2;
@@ -200,7 +219,7 @@ SPSS_HD void largest_component(
   }
   team.sync();
   const int chosen = static_cast<int>(~static_cast<uint32_t>(*best));
-  for (int i = team.rank; i < plane.size(); i += team.size) {
+  for (int i = begin + team.rank; i < end; i += team.size) {
     const int y = i / plane.words, word = i % plane.words;
     const Word* row = in + y * plane.words;
     Word kept = 0;
@@ -234,22 +253,27 @@ SPSS_HD void exchange(Workspace& work) {
 }
 
 // METHOD, stage 2, step 2: the largest component, opened with a cross; far away repeatedly, then closed with a square.
+// Outside the band both buffers must be 0 before.
 template <typename Team>
-SPSS_HD void post(const Team& team, const Plane& plane, Workspace& work, int distance, const PostSettings& settings) {
-  largest_component(team, plane, work.bits, work.spare, work.parent, work.count, work.best);
+SPSS_HD void post(
+    const Team& team, const Plane& plane, Band band, Workspace& work, int distance, const PostSettings& settings) {
+  largest_component(team, plane, band, work.bits, work.spare, work.parent, work.count, work.best);
   exchange(work);
   const bool far = distance > settings.far_distance;
   const int times = far ? settings.far_iterations : 1, opening = settings.opening / 2, closing = settings.closing / 2;
   for (int i = 0; i < 2 * times && opening > 0; ++i) {
-    if (i < times)
-      Morphology<true>::cross(team, plane, work.bits, work.spare, opening);
-    else
-      Morphology<false>::cross(team, plane, work.bits, work.spare, opening);
+    if (i < times) {
+      Morphology<true>::cross(team, plane, band, work.bits, work.spare, opening);
+    } else {
+      band = band.grown(plane, opening);
+      Morphology<false>::cross(team, plane, band, work.bits, work.spare, opening);
+    }
     exchange(work);
   }
   if (far && closing > 0) {
-    Morphology<false>::square(team, plane, work.bits, work.spare, closing);
-    Morphology<true>::square(team, plane, work.bits, work.spare, closing);
+    band = band.grown(plane, closing);
+    Morphology<false>::square(team, plane, band, work.bits, work.spare, closing);
+    Morphology<true>::square(team, plane, band, work.bits, work.spare, closing);
   }
 }
 

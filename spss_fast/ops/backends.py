@@ -118,7 +118,9 @@ def _triton(operator: str, part: str) -> Callable[..., Any]:
     """The Triton kernel's launcher; Triton itself is imported by the first call, not by ``import spss_fast.ops``."""
 
     def launch(*arguments: Any) -> Any:
-        return getattr(import_module(f"spss_fast.kernels.{operator}"), part)(*arguments)
+        device = arguments[0].device  # Triton launches on the current device, not on that of its arguments
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return getattr(import_module(f"spss_fast.kernels.{operator}"), part)(*arguments)
 
     return launch
 

@@ -35,25 +35,26 @@ def reference_contrastive_loss(
     """The definition of :func:`contrastive_loss` in plain PyTorch, differentiable repeatedly."""
     indices, counts = reference_select_prototypes(logits_n, k)
     anchor_class = logits_a.argmax(1).flatten()
-    double = torch.float64 in (a.dtype, b.dtype, n.dtype)
+    dtype = torch.float64 if torch.float64 in (a.dtype, b.dtype, n.dtype) else torch.float32
 
     def rows(x: Tensor) -> Tensor:
-        return F.normalize(x.to(torch.float64 if double else torch.float32).movedim(1, -1).flatten(0, -2), dim=1)
+        return F.normalize(x.to(dtype).movedim(1, -1).flatten(0, -2), dim=1)
 
-    a, b, n = rows(a), rows(b), rows(n)
-    positive = (a * b).sum(1) / temperature
-    total = a.new_zeros(()) + 0 * (a.sum() + b.sum() + n.sum())  # part of the graph, also where no term is
-    for c in range(len(counts)):
-        chosen = indices[c][indices[c] >= 0]
-        anchors = (anchor_class == c).nonzero().flatten()
-        if not len(chosen) or not len(anchors):
-            continue
-        bank = n[chosen]
-        for q in (a, b) if bidirectional else (a,):
-            negative = q[anchors] @ bank.T / temperature
-            all_scores = torch.cat([positive[anchors, None], negative], 1)
-            total = total + (all_scores.logsumexp(1) - positive[anchors]).sum()
-    return total / len(a)
+    with torch.autocast(a.device.type, enabled=False):
+        a, b, n = rows(a), rows(b), rows(n)
+        positive = (a * b).sum(1) / temperature
+        total = a.new_zeros(()) + 0 * (a.sum() + b.sum() + n.sum())  # part of the graph, also where no term is
+        for c in range(len(counts)):
+            chosen = indices[c][indices[c] >= 0]
+            anchors = (anchor_class == c).nonzero().flatten()
+            if not len(chosen) or not len(anchors):
+                continue
+            bank = n[chosen]
+            for q in (a, b) if bidirectional else (a,):
+                negative = q[anchors] @ bank.T / temperature
+                all_scores = torch.cat([positive[anchors, None], negative], 1)
+                total = total + (all_scores.logsumexp(1) - positive[anchors]).sum()
+        return total / len(a)
 
 
 def select_prototypes(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -121,6 +122,8 @@ def contrastive_loss(
     logits_a, logits_n = logits_a.detach(), logits_n.detach()
     if torch.float64 in (a.dtype, b.dtype, n.dtype):
         a, b, n = a.double(), b.double(), n.double()
+    elif not a.dtype == b.dtype == n.dtype:
+        a, b, n = a.float(), b.float(), n.float()
     if backends.use_reference("contrastive", a) or (
         a.dtype == torch.float64 and backends.active("contrastive", a.device.type) == "triton"
     ):
@@ -141,27 +144,25 @@ def _(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _(a, b, n, logits_a, logits_n, k, temperature, bidirectional, with_grad):
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
 
-    def gradient(x: Tensor) -> Tensor:  # channels last in memory, as the rows it is computed in
-        if not with_grad:
-            return x.new_empty(0, dtype=dtype)
-        return x.new_empty((x.shape[0], *x.shape[2:], x.shape[1]), dtype=dtype).movedim(-1, 1)
+    def gradient(x: Tensor) -> Tensor:
+        return torch.empty_like(x, dtype=dtype) if with_grad else x.new_empty(0, dtype=dtype)
 
     return a.new_empty((), dtype=dtype), gradient(a), gradient(b), gradient(n)
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
     ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.computed = inputs[-1]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, grad, *of_gradients):
-    if any(g is not None for g in of_gradients):
+def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():  # asked to build a graph of the gradients, which were computed ahead
         raise NotImplementedError(
             "contrastive_loss is differentiable once; second derivatives need spss_fast.ops.backend('reference')"
         )
-    if grad is None or not ctx.computed:
+    if not ctx.computed:
         return (None,) * 9
     gradients = [
         (grad * saved).to(dtype) if needed else None

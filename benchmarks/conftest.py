@@ -1,0 +1,68 @@
+"""The ``measure`` fixture every benchmark uses, and the table, plot and files at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from harness import Row, copy_bandwidth, synchronise, table, time_calls, write
+
+ROWS: list[Row] = []
+REPORT = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("spss_fast benchmarks")
+    group.addoption("--bench-device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    group.addoption("--bench-seconds", type=float, default=1.5, help="time for one row, about (default: %(default)s)")
+    group.addoption("--bench-dry", action="store_true", help="do not write benchmarks/results")
+
+
+def _device(config) -> str:
+    return config.getoption("--bench-device") or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def device(request) -> str:
+    return _device(request.config)
+
+
+@pytest.fixture
+def measure(benchmark, device, request):
+    """``measure(run, operator=, case=, size=, provider=, elements=, bytes=)`` times ``run()`` and adds a row."""
+
+    def timed(run: Callable[[], object], **what) -> Row:
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run()
+            synchronise(device)
+            what["peak_memory"] = torch.cuda.max_memory_allocated() - before
+        median, iqr, rounds = time_calls(benchmark, run, device, request.config.getoption("--bench-seconds"))
+        row = Row(**what, median=median, iqr=iqr, rounds=rounds)
+        ROWS.append(row)
+        return row
+
+    return timed
+
+
+def pytest_sessionfinish(session):
+    if not ROWS:
+        return
+    device = _device(session.config)
+    bandwidth = copy_bandwidth(device)
+    files = [] if session.config.getoption("--bench-dry") else write(ROWS, device, bandwidth)
+    session.config.stash[REPORT] = {"lines": table(ROWS, bandwidth), "bandwidth": bandwidth, "files": files}
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    report = config.stash.get(REPORT, None)
+    if report is None:
+        return
+    widths = [max(len(line[i]) for line in report["lines"]) for i in range(len(report["lines"][0]))]
+    terminalreporter.section(f"against the peers (copy bandwidth {report['bandwidth'] / 1e9:.1f} GB/s)")
+    for line in report["lines"]:
+        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    for path in report["files"]:
+        terminalreporter.write_line(f"wrote {path.relative_to(config.rootpath)}")

@@ -1,0 +1,27 @@
+"""Every Triton kernel compiles to machine code for the GPUs in use, also where there is none."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KERNELS = {
+    "contrastive": ("_confidence", "_loss"),
+    "losses": ("_forward", "_backward"),
+    "uncertainty": ("_accumulate", "_entropy", "_next_digit", "_count_equals", "_mask"),
+    "warp": ("_forward", "_backward"),
+}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_compiles_for_sm_80_and_sm_90(tmp_path):
+    script = Path(__file__).with_name("compile_triton_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    expected = {f"spss_fast.kernels.{module}.{kernel} {architecture}"
+                for module, kernels in KERNELS.items() for kernel in kernels for architecture in (80, 90)}
+    assert set(result.stdout.split("\n")) >= expected
