@@ -54,6 +54,8 @@ def write_phantoms(
         elif marker.read_text() != recipe:
             return 0
         missing = [i for i in range(count) if not (folder / f"case_{i:05d}").exists()]
+        if not missing:
+            return 0
         jobs = [(folder, i, seed, shape, spacing) for i in missing]
         for _ in parallel(_write, jobs, workers, "writing phantoms", progress):
             pass
