@@ -19,7 +19,7 @@ from setuptools import setup
 HOST_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 if platform.machine() in ("x86_64", "AMD64"):
     HOST_FLAGS.append("-mtune=skylake-avx512")  # tunes only: it makes GCC use gather instructions where there are any
-CUDA_FLAGS = ["-O3", "-std=c++20"]
+CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
 
 
 def note(text: str) -> None:

@@ -6,13 +6,14 @@
 #include <algorithm>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/multiarch.h"
 #include "math/propagate.h"
 
 namespace spss {
 namespace {
 
-using at::Tensor;
+
 
 struct Alone {
   static constexpr int rank = 0, size = 1;
@@ -28,7 +29,8 @@ struct Alone {
 };
 
 template <typename Flow, typename T>
-SPSS_HD void warp_slice(const Plane& plane, const Word* __restrict bits, Word* __restrict out, const Flow* __restrict flow) {
+SPSS_HD void warp_slice(
+    const Plane& plane, const Word* __restrict bits, Word* __restrict out, const Flow* __restrict flow) {
   const Axis<T, int> rows(plane.height, 1), columns(plane.width, 1);
   const Flow* __restrict across = flow + static_cast<int64_t>(plane.height) * plane.width;
   for (int y = 0; y < plane.height; ++y)
@@ -57,8 +59,8 @@ SPSS_HD Band occupied(const Plane& plane, const Word* bits) {
 // Carries the slice at `index` to one end of the volume; slice z is stored at slices + z * plane.size().
 template <typename Flow, typename T>
 SPSS_MULTIARCH void chain(
-    const Plane& plane, Word* slices, const Flow* flows, int64_t index, int64_t depth, bool up, const PostSettings& settings,
-    Workspace work) {
+    const Plane& plane, Word* slices, const Flow* flows, int64_t index, int64_t depth, bool up,
+    const PostSettings& settings, Workspace work) {
   const int64_t voxels = static_cast<int64_t>(plane.height) * plane.width;
   const Word* current = slices + index * plane.size();
   const int64_t step = up ? 1 : -1;
@@ -90,8 +92,8 @@ void run_chains(
       const bool up = i % 2 == 0;
       const Flow* flows = (up ? flow_up : flow_down).const_data_ptr<Flow>() + b * per_volume;
       chain<Flow, T>(
-          plane, slices.data() + b * depth * plane.size(), flows, index.const_data_ptr<int64_t>()[b], depth, up, settings,
-          work);
+          plane, slices.data() + b * depth * plane.size(), flows, index.const_data_ptr<int64_t>()[b], depth, up,
+          settings, work);
     }
   });
 }
@@ -99,18 +101,8 @@ void run_chains(
 Tensor propagate(
     const Tensor& labels, const Tensor& index, const Tensor& flow_up, const Tensor& flow_down, int64_t opening,
     int64_t closing, int64_t far_distance, int64_t far_iterations) {
-  TORCH_CHECK_VALUE(labels.dim() == 3, "labels must be (B, H, W), not ", labels.sizes());
-  TORCH_CHECK_VALUE(flow_up.dim() == 5, "flow_up must be (B, D - 1, 2, H, W), not ", flow_up.sizes());
-  const int64_t batch = labels.size(0), height = labels.size(1), width = labels.size(2), depth = flow_up.size(1) + 1;
-  const std::vector<int64_t> wanted{batch, depth - 1, 2, height, width};
-  TORCH_CHECK_VALUE(flow_up.sizes() == wanted, "flow_up must be ", wanted, " for these labels, not ", flow_up.sizes());
-  TORCH_CHECK_VALUE(flow_down.sizes() == wanted, "flow_down must be ", wanted, ", as flow_up, not ", flow_down.sizes());
-  TORCH_CHECK_TYPE(flow_down.scalar_type() == flow_up.scalar_type(), "flow_down must be of flow_up's dtype");
-  TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == batch, "index must be (B,), not ", index.sizes());
-  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "index must be int64, not ", index.scalar_type());
-  TORCH_CHECK_VALUE(opening > 0 && opening % 2 == 1, "opening must be odd and positive, not ", opening);
-  TORCH_CHECK_VALUE(closing > 0 && closing % 2 == 1, "closing must be odd and positive, not ", closing);
-  TORCH_CHECK_VALUE(far_iterations >= 0, "far_iterations must not be negative, not ", far_iterations);
+  const auto [batch, height, width, depth] =
+      check_propagate(labels, index, flow_up, flow_down, opening, closing, far_distance, far_iterations);
   Tensor out = at::zeros({batch, height, width, depth}, labels.options().dtype(at::kByte));
   if (out.numel() == 0) return out;
   const Tensor starts = index.contiguous();
@@ -128,10 +120,7 @@ Tensor propagate(
       for (int64_t x = 0; x < width; ++x)
         slice[y * plane.words + x / kWordBits] |= Word(set[(b * height + y) * width + x]) << x % kWordBits;
   }
-  const PostSettings settings{
-      static_cast<int>(std::min<int64_t>(opening, 2 * std::max(height, width) + 1)),
-      static_cast<int>(std::min<int64_t>(closing, 2 * std::max(height, width) + 1)),
-      static_cast<int>(std::clamp<int64_t>(far_distance, -1, depth)), static_cast<int>(far_iterations)};
+  const PostSettings settings = post_settings(height, width, depth, opening, closing, far_distance, far_iterations);
   const auto ready = [](const Tensor& flow) {
     return (flow.scalar_type() == at::kHalf ? flow.to(at::kFloat) : flow).contiguous();
   };

@@ -8,6 +8,7 @@
 #include <limits>
 #include <string_view>
 
+#include "checks.h"
 #include "cpu/memory.h"
 #include "cpu/multiarch.h"
 #include "math/warp.h"
@@ -15,7 +16,7 @@
 namespace spss {
 namespace {
 
-using at::Tensor;
+
 
 // The spatial axes of one batch element, strides in elements. A row is a line of voxels along the last axis.
 template <int nd>
@@ -197,10 +198,9 @@ SPSS_MULTIARCH void image_row(const Row<T, Index, nd>& row, const T* __restrict 
 // Calls `run` with the compile-time choices of one call: padding, mode, dtype, index type, dimensions.
 template <typename Run>
 void choose(const Tensor& image, std::string_view mode, std::string_view padding, const Run& run) {
-  TORCH_CHECK_VALUE(mode == "bilinear" || mode == "nearest", "mode must be bilinear or nearest, not '", mode, "'");
-  TORCH_CHECK_VALUE(padding == "zeros" || padding == "border", "padding must be zeros or border, not '", padding, "'");
   int64_t extent = 0;
-  for (int64_t axis = 2; axis < image.dim(); ++axis) extent += std::max<int64_t>(image.size(axis) - 1, 0) * image.stride(axis);
+  for (int64_t axis = 2; axis < image.dim(); ++axis)
+    extent += std::max<int64_t>(image.size(axis) - 1, 0) * image.stride(axis);
   const bool wide = extent > std::numeric_limits<int32_t>::max();
   const auto dimensions = [&](auto border, auto nearest, auto zero, auto index) {
     if (image.dim() == 4)
@@ -220,17 +220,6 @@ void choose(const Tensor& image, std::string_view mode, std::string_view padding
   padding == "border" ? modes(std::true_type()) : modes(std::false_type());
 }
 
-void check(const Tensor& image, const Tensor& displacement) {
-  TORCH_CHECK_VALUE(image.dim() == 4 || image.dim() == 5, "image must be (B, C, H, W) or (B, C, H, W, D)");
-  const auto wanted = image.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_TYPE(displacement.scalar_type() == wanted, "displacement must be ", wanted, " for an image of ", image.scalar_type());
-  TORCH_CHECK_VALUE(
-      displacement.dim() == image.dim() && displacement.size(0) == image.size(0) &&
-          displacement.size(1) == image.dim() - 2 && displacement.sizes().slice(2) == image.sizes().slice(2),
-      "displacement must be (B, nd, *spatial) of image's sizes, not ", displacement.sizes());
-  TORCH_CHECK_VALUE(displacement.device() == image.device(), "displacement must be on image's device");
-}
-
 // bf16 and fp16 are widened first: the scattered reads then convert nothing.
 Tensor widened(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble || tensor.scalar_type() == at::kFloat ? tensor : tensor.to(at::kFloat);
@@ -239,7 +228,7 @@ Tensor widened(const Tensor& tensor) {
 constexpr int64_t kGrain = 4096;  // voxels below which a thread is not worth waking
 
 Tensor warp(const Tensor& image, const Tensor& displacement, std::string_view mode, std::string_view padding) {
-  check(image, displacement);
+  check_warp(image, displacement, mode, padding);
   const Tensor source = widened(image);
   Tensor out = with_huge_pages(at::empty(image.sizes(), source.options()));
   if (out.numel() == 0) return out.to(image.scalar_type());
@@ -250,7 +239,8 @@ Tensor warp(const Tensor& image, const Tensor& displacement, std::string_view mo
     const T* values = source.const_data_ptr<T>();
     const T* shifts = displacement.const_data_ptr<T>();
     T* result = out.mutable_data_ptr<T>();
-    at::parallel_for(0, image.size(0) * grid.rows, std::max<int64_t>(kGrain / grid.row_length, 1), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(kGrain / grid.row_length, 1);
+    at::parallel_for(0, image.size(0) * grid.rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / grid.rows, r = i % grid.rows;
         const Row<T, decltype(index), nd> row(grid, shifts + b * displacement.stride(0), r);
@@ -267,16 +257,17 @@ Tensor warp(const Tensor& image, const Tensor& displacement, std::string_view mo
 std::tuple<Tensor, Tensor> warp_backward(
     const Tensor& grad, const Tensor& image, const Tensor& displacement, std::string_view mode,
     std::string_view padding, bool image_grad, bool displacement_grad) {
-  check(image, displacement);
-  TORCH_CHECK_VALUE(grad.sizes() == image.sizes(), "grad must be of image's sizes, not ", grad.sizes());
-  TORCH_CHECK_TYPE(grad.scalar_type() == image.scalar_type(), "grad must be of image's dtype");
+  check_warp_backward(grad, image, displacement, mode, padding);
   const Tensor source = widened(image), upstream = widened(grad).contiguous();
   Tensor for_image = image_grad ? with_huge_pages(at::empty(image.sizes(), source.options())).zero_()
                                 : at::empty({0}, source.options());
   const bool slopes = displacement_grad && mode != "nearest" && grad.numel() > 0;
-  Tensor for_displacement = !displacement_grad ? at::empty({0}, displacement.options())
-      : slopes                                 ? with_huge_pages(at::empty(displacement.sizes(), displacement.options()))
-                                               : at::zeros(displacement.sizes(), displacement.options());
+  Tensor for_displacement = displacement_grad ? at::empty(displacement.sizes(), displacement.options())
+                                              : at::empty({0}, displacement.options());
+  if (slopes)
+    with_huge_pages(for_displacement);
+  else
+    for_displacement.zero_();
   if (grad.numel() == 0) return {for_image.to(image.scalar_type()), for_displacement};
   if (slopes) {
     choose(source, mode, padding, [&](auto border, auto, auto zero, auto index, auto dimensions) {
@@ -287,7 +278,8 @@ std::tuple<Tensor, Tensor> warp_backward(
       const T* shifts = displacement.const_data_ptr<T>();
       const T* grads = upstream.const_data_ptr<T>();
       T* result = for_displacement.mutable_data_ptr<T>();
-      at::parallel_for(0, image.size(0) * grid.rows, std::max<int64_t>(kGrain / grid.row_length, 1), [&](int64_t begin, int64_t end) {
+      const int64_t grain = std::max<int64_t>(kGrain / grid.row_length, 1);
+    at::parallel_for(0, image.size(0) * grid.rows, grain, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = i / grid.rows, r = i % grid.rows;
           const Row<T, decltype(index), nd> row(grid, shifts + b * displacement.stride(0), r);
@@ -296,7 +288,8 @@ std::tuple<Tensor, Tensor> warp_backward(
           T* to = result + b * nd * grid.voxels + r * grid.row_length;
           displacement_row<border.value, true>(row, from, up, to, grid.voxels);
           for (int64_t c = 1; c < grid.channels; ++c)
-            displacement_row<border.value, false>(row, from + c * grid.image_channel, up + c * grid.voxels, to, grid.voxels);
+            displacement_row<border.value, false>(
+                row, from + c * grid.image_channel, up + c * grid.voxels, to, grid.voxels);
         }
       });
     });
@@ -314,7 +307,8 @@ std::tuple<Tensor, Tensor> warp_backward(
         for (int64_t i = begin; i < end; ++i)
           for (int64_t r = 0; r < grid.rows; ++r) {
             const Row<T, decltype(index), nd> row(grid, shifts + i / grid.channels * displacement.stride(0), r);
-            image_row<border.value, nearest.value>(row, grads + i * grid.voxels + r * grid.row_length, result + i * grid.voxels);
+            const T* up = grads + i * grid.voxels + r * grid.row_length;
+            image_row<border.value, nearest.value>(row, up, result + i * grid.voxels);
           }
       });
     });

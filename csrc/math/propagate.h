@@ -6,6 +6,7 @@
 #pragma once
 
 #include "math/common.h"
+#include "math/propagate_settings.h"
 #include "math/warp.h"
 
 namespace spss {
@@ -226,7 +227,8 @@ SPSS_HD void largest_component(
     for (Word rest = row[word]; rest != 0;) {
       const int bit = lowest_bit(rest);
       const Word gaps = ~rest & ~((Word(1) << bit) - 1);
-      const Word run = gaps == 0 ? ~((Word(1) << bit) - 1) : ((Word(1) << lowest_bit(gaps)) - 1) & ~((Word(1) << bit) - 1);
+      const Word from = ~((Word(1) << bit) - 1);
+      const Word run = gaps == 0 ? from : from & ((Word(1) << lowest_bit(gaps)) - 1);
       if (find_root(parent, y * names + run_start(row, word * kWordBits + bit) / 2) == chosen) kept |= run;
       rest &= ~run;
     }
@@ -234,10 +236,6 @@ SPSS_HD void largest_component(
   }
   team.sync();
 }
-
-struct PostSettings {
-  int opening, closing, far_distance, far_iterations;
-};
 
 // Buffers of one chain, each of plane.size() words; the slice is in `bits` before and after.
 struct Workspace {
@@ -279,7 +277,8 @@ SPSS_HD void post(
 
 // Whether the voxel at position (y, x) of the nearest warp is set.
 template <typename T>
-SPSS_HD Word nearest_bit(const Word* bits, const Plane& plane, const Axis<T, int>& rows, const Axis<T, int>& columns, T y, T x) {
+SPSS_HD Word nearest_bit(
+    const Word* bits, const Plane& plane, const Axis<T, int>& rows, const Axis<T, int>& columns, T y, T x) {
   int inside = 1;
   const int row = nearest_offset<false>(y, rows, inside), column = nearest_offset<false>(x, columns, inside);
   return bits[row * plane.words + column / kWordBits] >> column % kWordBits & static_cast<Word>(inside);

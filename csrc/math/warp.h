@@ -5,8 +5,8 @@
 
 namespace spss {
 
-// One axis of a field. The two voxels around a position always lie `stride` apart at an offset that is inside the image,
-// so all corners of a voxel follow from ONE computed offset: that is what the scattered reads' cost hangs on.
+// One axis of a field. The two voxels around a position always lie `stride` apart at an offset inside the image, so all
+// corners of a voxel follow from ONE computed offset: that is what the scattered reads' cost hangs on.
 template <typename T, typename Index>
 struct Axis {
   T last;     // side - 1
@@ -61,7 +61,8 @@ SPSS_HD Corner<T, Index> bilinear_corner(T position, const Axis<T, Index>& axis)
     const T low = std::floor(position), high = low + T(1), fraction = position - low, rest = T(1) - fraction;
     const T base = clamp_index(low, axis.top), next = base + axis.step;
     // Products with 0 or 1 rather than choices: they vectorise everywhere, and keep NaN.
-    const T low_base = T(low == base), low_next = T(low == next), high_base = T(high == base), high_next = T(high == next);
+    const T low_base = T(low == base), low_next = T(low == next);
+    const T high_base = T(high == base), high_next = T(high == next);
     corner.offset = static_cast<Index>(base) * axis.stride;
     corner.weight0 = rest * low_base + fraction * high_base;
     corner.weight1 = rest * low_next + fraction * high_next;
@@ -89,7 +90,7 @@ struct Jet {
 template <int axis, int nd, typename T, typename Index, typename Image>
 SPSS_HD T interpolate(const Image* image, const Corner<T, Index>* corners, const Axis<T, Index>* axes, Index offset) {
   if constexpr (axis == nd) {
-    return static_cast<T>(image[offset]);
+    return convert<T>(image[offset]);
   } else {
     return corners[axis].weight0 * interpolate<axis + 1, nd, T>(image, corners, axes, offset) +
         corners[axis].weight1 * interpolate<axis + 1, nd, T>(image + axes[axis].upper, corners, axes, offset);
@@ -101,7 +102,7 @@ SPSS_HD Jet<T, nd> interpolate_jet(
     const Image* image, const Corner<T, Index>* corners, const Axis<T, Index>* axes, Index offset) {
   Jet<T, nd> jet;
   if constexpr (axis == nd) {
-    jet.value = static_cast<T>(image[offset]);
+    jet.value = convert<T>(image[offset]);
   } else {
     const Corner<T, Index>& corner = corners[axis];
     const Jet<T, nd> low = interpolate_jet<axis + 1, nd, T>(image, corners, axes, offset);

@@ -1,0 +1,86 @@
+// The operators from C++, through the dispatcher: values worked out by hand, and errors that name arguments.
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <cstdio>
+#include <string>
+#include <tuple>
+
+using at::Tensor;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what) {
+  if (!holds) {
+    std::fprintf(stderr, "FAILED: %s\n", what);
+    ++failures;
+  }
+}
+
+template <typename Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using Warp = Tensor(const Tensor&, const Tensor&, c10::string_view, c10::string_view);
+using WarpBackward = std::tuple<Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, c10::string_view, c10::string_view, bool, bool);
+using Propagate =
+    Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, int64_t, int64_t);
+
+void test_warp(const at::Device& device) {
+  const auto warp = find<Warp>("spss_fast::warp");
+  const Tensor image = at::arange(24, at::kFloat).view({1, 1, 2, 3, 4}).to(device);
+  const Tensor still = at::zeros({1, 3, 2, 3, 4}, image.options());
+  expect(at::equal(warp.call(image, still, "bilinear", "zeros"), image), "zero displacement is the identity");
+  Tensor half = still.clone();
+  half.select(1, 2).fill_(0.5);
+  const Tensor shifted = warp.call(image, half, "bilinear", "border");
+  expect(at::allclose(shifted.narrow(4, 0, 3), image.narrow(4, 0, 3) + 0.5), "half a voxel is the mean of two");
+  expect(at::equal(shifted.select(4, 3), image.select(4, 3)), "the border stays");
+  const Tensor ones = at::ones_like(image);
+  const auto [for_image, for_shift] =
+      find<WarpBackward>("spss_fast::warp_backward").call(ones, image, half, "bilinear", "border", true, true);
+  expect(at::allclose(for_image.sum(), ones.sum()), "the image's gradient keeps the sum");
+  expect(at::allclose(for_shift.select(1, 2).narrow(3, 0, 3), ones.select(1, 0).narrow(3, 0, 3)), "the slope is 1");
+  bool named = false;
+  try {
+    warp.call(image, still.narrow(1, 0, 2), "bilinear", "zeros");
+  } catch (const c10::Error& error) {
+    named = std::string(error.what()).find("displacement") != std::string::npos;
+  }
+  expect(named, "a wrong displacement is named");
+}
+
+void test_propagate(const at::Device& device) {
+  Tensor labels = at::zeros({1, 12, 40}, at::kByte);
+  labels.narrow(1, 3, 6).narrow(2, 29, 6).fill_(1);  // across a word boundary
+  labels.select(1, 0).select(1, 0).fill_(1);         // a speck to be dropped
+  labels = labels.to(device);
+  const Tensor index = at::full({1}, 1, at::kLong).to(device);
+  const Tensor up = at::zeros({1, 3, 2, 12, 40}, labels.options().dtype(at::kFloat));
+  Tensor down = up.clone();
+  down.select(2, 1).fill_(2);  // moving down, content comes from two voxels to the right
+  const Tensor out = find<Propagate>("spss_fast::propagate").call(labels, index, up, down, 3, 3, 1, 1);
+  Tensor block = labels.clone();
+  block.select(1, 0).zero_();
+  expect(at::equal(out.select(3, 1), labels), "the annotated slice is returned as given");
+  expect(at::equal(out.select(3, 0), block.roll(-2, 2) * out.select(3, 0)), "the label moved left, opened");
+  expect(out.select(3, 0).sum().item<int64_t>() == 32, "a 6 x 6 block opened by a cross loses its corners");
+  expect(out.select(3, 3).sum().item<int64_t>() == 32, "and is then stable");
+}
+
+}  // namespace
+
+int main() {
+  test_warp(at::kCPU);
+  test_propagate(at::kCPU);
+  if (at::hasCUDA()) {
+    test_warp(at::Device(at::kCUDA, 0));
+    test_propagate(at::Device(at::kCUDA, 0));
+  }
+  if (failures == 0) std::puts("all operators agree");
+  return failures == 0 ? 0 : 1;
+}
