@@ -16,7 +16,7 @@ from setuptools import setup
 
 # One source for every x86-64: csrc/cpu/multiarch.h compiles the hot loops for several instruction sets and picks one
 # when the library is loaded, so there is no -march=native and the build runs on any machine of a cluster.
-HOST_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+HOST_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 if platform.machine() in ("x86_64", "AMD64"):
     HOST_FLAGS.append("-mtune=skylake-avx512")  # tunes only: it makes GCC use gather instructions where there are any
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]

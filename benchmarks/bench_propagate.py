@@ -47,7 +47,8 @@ def slice_loop(labels, index, flow_up, flow_down):
         position = grid + flow
         normalised = torch.stack([2 * position[1] / (width - 1) - 1, 2 * position[0] / (height - 1) - 1], -1)
         moving = torch.from_numpy(current).to(labels.device, torch.float32)[None, None]
-        return F.grid_sample(moving, normalised[None], "nearest", align_corners=True)[0, 0].to(torch.uint8).cpu().numpy()
+        warped = F.grid_sample(moving, normalised[None], "nearest", align_corners=True)[0, 0]
+        return warped.to(torch.uint8).cpu().numpy()
 
     def clean(current, distance):
         components = sitk.ConnectedComponent(sitk.GetImageFromArray(current), True)

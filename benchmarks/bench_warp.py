@@ -74,7 +74,9 @@ def rows() -> list[tuple[tuple[int, ...], str, str]]:
     return found
 
 
-@pytest.mark.parametrize("shape, case, provider", rows(), ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else v)
+@pytest.mark.parametrize(
+    "shape, case, provider", rows(), ids=lambda value: "x".join(map(str, value)) if type(value) is tuple else value
+)
 def bench_warp(measure, device, shape, case, provider):
     if shape == LARGE and device == "cpu":
         pytest.skip("the large size is for GPUs")

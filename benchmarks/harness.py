@@ -119,7 +119,7 @@ def exponent(rows: list[Row]) -> float | None:
 def table(rows: list[Row], bandwidth: float) -> list[list[str]]:
     """Header and lines, largest size first within a case, ours first within a size."""
     ratio = ratios(rows)
-    lines = [["operator", "case", "size", "provider", "median", "IQR", "ours is faster by", "of copy bandwidth", "peak"]]
+    lines = ["operator,case,size,provider,median,IQR,ours is faster by,of copy bandwidth,peak".split(",")]
     order = sorted(rows, key=lambda r: (r.operator, r.case, -r.elements, r.provider != OURS, r.median))
     for r in order:
         lines.append([
@@ -133,7 +133,8 @@ def table(rows: list[Row], bandwidth: float) -> list[list[str]]:
 
 def markdown(rows: list[Row], bandwidth: float, about: dict) -> str:
     lines = table(rows, bandwidth)
-    text = [f"| {' | '.join(lines[0])} |", f"|{'---|' * len(lines[0])}", *(f"| {' | '.join(line)} |" for line in lines[1:])]
+    text = [f"| {' | '.join(line)} |" for line in lines]
+    text.insert(1, f"|{'---|' * len(lines[0])}")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     head = [f"{about['device']}; commit {about['commit']}; {versions}; copy bandwidth {bandwidth / 1e9:.1f} GB/s.", ""]
     tail = [""]
