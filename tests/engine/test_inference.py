@@ -9,7 +9,7 @@ from torch import nn
 from spss_fast.engine.inference import refresh_batch_norm, sliding_window, window_starts
 
 
-@pytest.mark.parametrize("side, patch, stride", itertools.product([8, 9, 13], [4, 8], [1, 3, 8]))
+@pytest.mark.parametrize("side, patch, stride", list(itertools.product([8, 9, 13], [4, 8], [1, 3, 8])))
 def test_windows_cover_every_voxel_and_stay_inside(side, patch, stride):
     starts = window_starts(side, patch, stride)
     covered = {start + i for start in starts for i in range(patch)}
