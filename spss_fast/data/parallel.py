@@ -46,8 +46,10 @@ def parallel(
                 yield futures[future], future.result()
                 bar.advance(task)
         except BrokenProcessPool as error:
-            raise UserError(f"{title}: a process was ended from outside, most likely for want of memory; lower workers "
-                            f"(now {workers})") from error
+            raise UserError(
+                f"{title}: a process was ended from outside, most likely for want of memory (lower workers, now "
+                f"{workers}), or a script of yours runs this outside `if __name__ == \"__main__\":`"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

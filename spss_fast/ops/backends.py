@@ -53,22 +53,28 @@ def _pairs() -> list[tuple[str, str]]:
     return [(operator, device) for operator, devices in TABLE.items() for device in devices]
 
 
-def _load_extension() -> bool:
-    """Load the compiled operators; without them define their schemas from Python and say so, once."""
+def _load_extension() -> str | None:
+    """Load the compiled operators; without them define their schemas from Python, and return why they are not there."""
     try:
         import_module("spss_fast._C")
-        return True
+        return None
     except ImportError as error:
         reason = "is not built" if importlib.util.find_spec("spss_fast._C") is None else f"does not load ({error})"
-        warnings.warn(
-            f"spss_fast: the compiled extension {reason}, so operators run on the slower reference backend where there "
-            "is no Triton; `pip install --no-build-isolation .` beside an installed torch and a C++ compiler builds it",
-            RuntimeWarning, stacklevel=2,
-        )
     text = Path(__file__).with_name("schemas.inc").read_text()
     for schema in re.findall(r'^SPSS_FAST_OPERATOR\("(.+)"\)$', text, re.MULTILINE):
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return False
+    return reason
+
+
+def _say_slow() -> None:
+    """Say once, when it first matters, that there are no compiled operators."""
+    global _missing
+    warnings.warn(
+        f"spss_fast: the compiled extension {_missing}, so operators run on the slower reference backend where there "
+        "is no Triton; `pip install --no-build-isolation .` beside an installed torch and a C++ compiler builds it",
+        RuntimeWarning, stacklevel=4,
+    )
+    _missing = None
 
 
 def _has_kernel(operator: str, device: str) -> bool:
@@ -159,10 +165,13 @@ def active(operator: str, device: str) -> str:
 
 def use_reference(operator: str, tensor: torch.Tensor) -> bool:
     """Whether a public function is to call its ``reference`` rather than ``torch.ops.spss_fast.*``."""
-    return _active.get((operator, tensor.device.type), "reference") == "reference"
+    slow = _active.get((operator, tensor.device.type), "reference") == "reference"
+    if slow and not torch.compiler.is_compiling() and _missing and _preferred != "reference":
+        _say_slow()
+    return slow
 
 
 _library = torch.library.Library("spss_fast", "FRAGMENT")
-_load_extension()
+_missing = _load_extension()  # why there are no compiled operators; None where there are, or once it was said
 _compiled = {pair for pair in _pairs() if _has_kernel(*pair)}
 _prefer(os.environ.get(VARIABLE) or None, VARIABLE)
