@@ -12,6 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spss_fast.ops.norm import batch_norm_relu
+
+
+def _norm_relu(x: Tensor, norm: nn.BatchNorm3d, skip: Tensor | None = None) -> Tensor:
+    """``relu(norm(x)) + skip``, moving the running statistics as ``norm`` itself would."""
+    momentum = norm.momentum
+    if norm.training:
+        norm.num_batches_tracked += 1
+        if momentum is None:  # a cumulative average
+            momentum = 1 / float(norm.num_batches_tracked)
+    return batch_norm_relu(
+        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps, skip
+    )
+
 
 class _Convolutions(nn.Module):
     """``count`` times [3x3x3 convolution, batch norm, ReLU]."""
@@ -24,7 +38,9 @@ class _Convolutions(nn.Module):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        for convolution, norm in zip(self.conv[::3], self.conv[1::3]):
+            x = _norm_relu(convolution(x), norm)
+        return x
 
 
 class _Down(nn.Module):
@@ -35,18 +51,20 @@ class _Down(nn.Module):
         self.conv = nn.Sequential(nn.Conv3d(inputs, outputs, 2, stride=2), nn.BatchNorm3d(outputs), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        convolution, norm, _ = self.conv
+        return _norm_relu(convolution(x), norm)
 
 
 class _Up(nn.Module):
-    """[2x2x2 transposed convolution of stride 2, batch norm, ReLU]."""
+    """[2x2x2 transposed convolution of stride 2, batch norm, ReLU], and the addition of the skip connection."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(nn.ConvTranspose3d(inputs, outputs, 2, stride=2), nn.BatchNorm3d(outputs), nn.ReLU())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        convolution, norm, _ = self.conv
+        return _norm_relu(convolution(x), norm, skip)
 
 
 @dataclass
@@ -103,15 +121,15 @@ class VNet(nn.Module):
         x3 = self.block_three(self.block_two_dw(x2))
         x4 = self.block_four(self.block_three_dw(x3))
         x5 = self.dropout(self.block_five(self.block_four_dw(x4)))
-        return Encoded((x1, x2, x3), self.block_five_up(x5) + x4)
+        return Encoded((x1, x2, x3), self.block_five_up(x5, x4))
 
     def decode(self, encoded: Encoded) -> Tensor:
         """The decoder: (B, filters, h, w, d), before the last dropout."""
         x1, x2, x3 = encoded.skips
         x6 = self.block_six(encoded.first_level)
-        x7 = self.block_seven(self.block_six_up(x6) + x3)
-        x8 = self.block_eight(self.block_seven_up(x7) + x2)
-        return self.block_nine(self.block_eight_up(x8) + x1)
+        x7 = self.block_seven(self.block_six_up(x6, x3))
+        x8 = self.block_eight(self.block_seven_up(x7, x2))
+        return self.block_nine(self.block_eight_up(x8, x1))
 
     def project(self, encoded: Encoded) -> Tensor:
         """Contrastive features (B, 64, h/8, w/8, d/8)."""

@@ -32,6 +32,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "uncertainty": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
+    "norm": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
 }
 # public operator -> the torch.ops.spss_fast.* it is made of; kernels/<operator>.py has Triton functions of these names
 PARTS: dict[str, tuple[str, ...]] = {
@@ -42,6 +43,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "losses": (
         "masked_ce_dice", "masked_ce_dice_backward", "weighted_ce_dice", "weighted_ce_dice_backward",
     ),
+    "norm": ("batch_norm_relu", "batch_norm_relu_backward"),
 }
 
 _preferred: str | None = None

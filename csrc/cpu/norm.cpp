@@ -1,0 +1,323 @@
+// Batch norm, ReLU and the addition of a skip connection in two passes over memory forward, and in two backward.
+//
+// A tensor is cut into segments whose channels follow a pattern: channels last, a row of channels repeated; contiguous,
+// one channel throughout. One set of loops over patterns serves both. Sums are of the compute type within a segment,
+// about a value of the channel itself so that no digits cancel, and of float64 beyond it, in an order that the number
+// of threads does not change.
+#include <torch/library.h>
+
+#include <bit>
+#include <cmath>
+
+#include "cpu/memory.h"
+#include "cpu/planes.h"
+
+namespace spss {
+namespace {
+
+constexpr int64_t kSegment = 16384;  // elements, about
+constexpr int64_t kPattern = 64;     // shortest pattern: four registers of AVX-512
+
+struct Segment {
+  int64_t begin, count, channel;  // the channel of a contiguous segment; 0 where all channels take turns
+};
+
+class Segments {
+ public:
+  int64_t channels, pattern, count;  // of x; elements a pattern; segments
+
+  explicit Segments(const at::Tensor& x) : channels(x.size(1)) {
+    last_ = !x.is_contiguous();
+    total_ = x.numel();
+    run_ = last_ ? total_ : total_ / (x.size(0) * channels);
+    pattern = last_ ? channels * std::max<int64_t>(1, kPattern / channels) : kPattern;
+    size_ = std::max<int64_t>(1, kSegment / pattern) * pattern;
+    per_run_ = (run_ + size_ - 1) / size_;
+    count = total_ / run_ * per_run_;
+  }
+
+  Segment operator[](int64_t i) const {
+    const int64_t run = i / per_run_, begin = i % per_run_ * size_;
+    return {run * run_ + begin, std::min(size_, run_ - begin), last_ ? 0 : run % channels};
+  }
+
+  // Per-channel numbers laid out as the segment's pattern.
+  template <class T>
+  void lay_out(const Segment& segment, const std::vector<T>& values, T* out) const {
+    for (int64_t i = 0; i < pattern; ++i) out[i] = values[last_ ? i % channels : segment.channel];
+  }
+
+  template <class T>
+  void fold(const Segment& segment, const T* sums, double* out) const {
+    for (int64_t i = 0; i < pattern; ++i) out[last_ ? i % channels : segment.channel] += sums[i];
+  }
+
+  template <class Body>
+  void run(Body body) const {
+    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) body(i, (*this)[i]);
+    });
+  }
+
+  // What a body leaves in its segment's slot of `width` sums per channel, added up in order.
+  std::vector<double> add_up(const std::vector<double>& partial, int64_t width) const {
+    std::vector<double> sums(width * channels);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < width * channels; ++j) sums[j] += partial[i * width * channels + j];
+    return sums;
+  }
+
+ private:
+  bool last_;
+  int64_t total_, run_, size_, per_run_;
+};
+
+// bfloat16 by its bits: the conversions of c10 branch on NaN, and a branch keeps the loop from being vectorised.
+template <class T, class scalar_t>
+SPSS_HD T load(const scalar_t& value) {
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) return std::bit_cast<float>(uint32_t(value.x) << 16);
+  else return static_cast<T>(value);
+}
+
+template <class scalar_t, class T>
+SPSS_HD void store(scalar_t& to, T value) {
+  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    to.x = static_cast<uint16_t>(value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+  } else {
+    to = static_cast<scalar_t>(value);
+  }
+}
+
+template <class T, class scalar_t>
+SPSS_MULTIARCH void add_moments(const scalar_t* x, int64_t count, int64_t pattern, const T* center, T* first,
+                                T* second) {
+  for (int64_t at = 0; at < count; at += pattern) {
+    const int64_t n = std::min(pattern, count - at);
+    SPSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+      const T d = load<T>(x[at + i]) - center[i];
+      first[i] += d;
+      second[i] += d * d;
+    }
+  }
+}
+
+template <class T, class scalar_t>
+SPSS_MULTIARCH void scale_relu(const scalar_t* x, const scalar_t* skip, int64_t count, int64_t pattern, const T* scale,
+                               const T* shift, scalar_t* y) {
+  for (int64_t at = 0; at < count; at += pattern) {
+    const int64_t n = std::min(pattern, count - at);
+    if (skip == nullptr) {
+      SPSS_SIMD
+      for (int64_t i = 0; i < n; ++i) {
+        const T z = load<T>(x[at + i]) * scale[i] + shift[i];
+        store(y[at + i], z < 0 ? T(0) : z);
+      }
+    } else {
+      SPSS_SIMD
+      for (int64_t i = 0; i < n; ++i) {
+        const T z = load<T>(x[at + i]) * scale[i] + shift[i];
+        store(y[at + i], (z < 0 ? T(0) : z) + load<T>(skip[at + i]));
+      }
+    }
+  }
+}
+
+// Sums of the gradient behind the ReLU, and of its product with x about the mean.
+template <class T, class scalar_t>
+SPSS_MULTIARCH void add_gradients(const scalar_t* grad, const scalar_t* x, int64_t count, int64_t pattern,
+                                  const T* scale, const T* shift, const T* mean, T* first, T* second) {
+  for (int64_t at = 0; at < count; at += pattern) {
+    const int64_t n = std::min(pattern, count - at);
+    SPSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+      const T value = load<T>(x[at + i]);
+      const T g = value * scale[i] + shift[i] > 0 ? load<T>(grad[at + i]) : T(0);
+      first[i] += g;
+      second[i] += g * (value - mean[i]);
+    }
+  }
+}
+
+// dx = scale * (g - a - b * (x - mean)).
+template <class T, class scalar_t>
+SPSS_MULTIARCH void input_gradient(const scalar_t* grad, const scalar_t* x, int64_t count, int64_t pattern,
+                                   const T* scale, const T* shift, const T* mean, const T* a, const T* b,
+                                   scalar_t* out) {
+  for (int64_t at = 0; at < count; at += pattern) {
+    const int64_t n = std::min(pattern, count - at);
+    SPSS_SIMD
+    for (int64_t i = 0; i < n; ++i) {
+      const T value = load<T>(x[at + i]);
+      const T g = value * scale[i] + shift[i] > 0 ? load<T>(grad[at + i]) : T(0);
+      store(out[at + i], scale[i] * (g - a[i] - b[i] * (value - mean[i])));
+    }
+  }
+}
+
+template <class T>
+std::vector<T> numbers(const at::Tensor& t) {
+  const at::Tensor dense = t.to(at::kDouble).contiguous();
+  return {dense.data_ptr<double>(), dense.data_ptr<double>() + dense.numel()};
+}
+
+// Mean and biased variance per channel.
+template <class T, class scalar_t>
+void moments(const at::Tensor& x, const Segments& segments, double* mean, double* variance) {
+  const int64_t channels = segments.channels;
+  const scalar_t* data = x.data_ptr<scalar_t>();
+  std::vector<T> center(channels);
+  for (int64_t c = 0; c < channels; ++c) center[c] = static_cast<T>(data[c * x.stride(1)]);
+  std::vector<double> partial(segments.count * 2 * channels);
+  segments.run([&](int64_t i, const Segment& segment) {
+    std::vector<T> work(3 * segments.pattern);
+    T *about = work.data(), *first = about + segments.pattern, *second = first + segments.pattern;
+    segments.lay_out(segment, center, about);
+    add_moments(data + segment.begin, segment.count, segments.pattern, about, first, second);
+    segments.fold(segment, first, &partial[i * 2 * channels]);
+    segments.fold(segment, second, &partial[(i * 2 + 1) * channels]);
+  });
+  const std::vector<double> sums = segments.add_up(partial, 2);
+  const double count = static_cast<double>(x.numel() / channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const double shift = sums[c] / count;
+    mean[c] = center[c] + shift;
+    variance[c] = std::max(0.0, sums[channels + c] / count - shift * shift);
+  }
+}
+
+// z = scale * x + shift.
+template <class T>
+struct Affine {
+  std::vector<T> scale, shift, mean;
+  std::vector<double> inverse_deviation;
+
+  Affine(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean_, const at::Tensor& variance,
+         double eps)
+      : mean(numbers<T>(mean_)), inverse_deviation(numbers<double>(variance)) {
+    const auto w = numbers<double>(weight), b = numbers<double>(bias), m = numbers<double>(mean_);
+    for (size_t c = 0; c < w.size(); ++c) {
+      inverse_deviation[c] = 1 / std::sqrt(inverse_deviation[c] + eps);
+      scale.push_back(static_cast<T>(w[c] * inverse_deviation[c]));
+      shift.push_back(static_cast<T>(b[c] - m[c] * w[c] * inverse_deviation[c]));
+    }
+  }
+};
+
+at::MemoryFormat format_of(const at::Tensor& x) {
+  const auto last = x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
+  return x.dim() >= 4 && x.dim() <= 5 && x.is_contiguous(last) ? last : at::MemoryFormat::Contiguous;
+}
+
+void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(1) > 0, "x must be (B, C, *spatial) with C >= 1, not ", x.sizes());
+  for (const auto& t : {weight, bias})
+    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), "weight and bias must be (C,), not ", t.sizes());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
+    const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+    const std::optional<at::Tensor>& added, const std::optional<at::Tensor>& mean_,
+    const std::optional<at::Tensor>& variance_, double eps) {
+  check(input, weight, bias);
+  TORCH_CHECK_VALUE(!added || (added->sizes() == input.sizes() && added->scalar_type() == input.scalar_type()),
+                    "skip must be of x's shape and dtype");
+  const auto format = format_of(input);
+  const at::Tensor x = input.contiguous(format);
+  const at::Tensor skip = added ? added->contiguous(format) : at::Tensor();
+  const auto wide = x.options().dtype(compute_type(x)).memory_format(std::nullopt);
+  at::Tensor mean = mean_ ? mean_->to(wide.dtype(), false, true) : at::empty({x.size(1)}, wide.dtype(at::kDouble));
+  at::Tensor variance = variance_ ? variance_->to(wide.dtype(), false, true) : at::empty_like(mean);
+  at::Tensor y = with_huge_pages(at::empty_like(x));
+  if (x.numel() > 0) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batch_norm_relu", [&] {
+      using T = compute_t<scalar_t>;
+      const Segments segments(x);
+      if (!mean_) moments<T, scalar_t>(x, segments, mean.data_ptr<double>(), variance.data_ptr<double>());
+      const Affine<T> affine(weight, bias, mean, variance, eps);
+      const scalar_t *from = x.data_ptr<scalar_t>(), *add = added ? skip.data_ptr<scalar_t>() : nullptr;
+      scalar_t* to = y.data_ptr<scalar_t>();
+      segments.run([&](int64_t, const Segment& s) {
+        std::vector<T> work(2 * segments.pattern);
+        T *scale = work.data(), *shift = scale + segments.pattern;
+        segments.lay_out(s, affine.scale, scale);
+        segments.lay_out(s, affine.shift, shift);
+        scale_relu(from + s.begin, add ? add + s.begin : nullptr, s.count, segments.pattern, scale, shift,
+                   to + s.begin);
+      });
+    });
+  } else if (!mean_) {
+    mean.zero_(), variance.zero_();
+  }
+  return {y, mean.to(wide.dtype()), variance.to(wide.dtype())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
+    const at::Tensor& grad_, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
+    const at::Tensor& mean, const at::Tensor& variance, double eps, bool batch_statistics) {
+  check(input, weight, bias);
+  TORCH_CHECK_VALUE(grad_.sizes() == input.sizes() && grad_.scalar_type() == input.scalar_type(),
+                    "grad must be of x's shape and dtype");
+  const auto format = format_of(input);
+  const at::Tensor x = input.contiguous(format), grad = grad_.contiguous(format);
+  const int64_t channels = x.size(1);
+  at::Tensor dx = with_huge_pages(at::empty_like(x));
+  at::Tensor dweight = at::zeros({channels}, x.options().dtype(at::kDouble).memory_format(std::nullopt));
+  at::Tensor dbias = at::zeros_like(dweight);
+  if (x.numel() > 0) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batch_norm_relu_backward", [&] {
+      using T = compute_t<scalar_t>;
+      const Segments segments(x);
+      const int64_t pattern = segments.pattern;
+      const Affine<T> affine(weight, bias, mean, variance, eps);
+      const scalar_t *from = x.data_ptr<scalar_t>(), *g = grad.data_ptr<scalar_t>();
+      std::vector<double> partial(segments.count * 2 * channels);
+      segments.run([&](int64_t i, const Segment& s) {
+        std::vector<T> work(5 * pattern);
+        T* at[5];
+        for (int64_t j = 0; j < 5; ++j) at[j] = work.data() + j * pattern;
+        segments.lay_out(s, affine.scale, at[0]);
+        segments.lay_out(s, affine.shift, at[1]);
+        segments.lay_out(s, affine.mean, at[2]);
+        add_gradients(g + s.begin, from + s.begin, s.count, pattern, at[0], at[1], at[2], at[3], at[4]);
+        segments.fold(s, at[3], &partial[i * 2 * channels]);
+        segments.fold(s, at[4], &partial[(i * 2 + 1) * channels]);
+      });
+      const std::vector<double> sums = segments.add_up(partial, 2);
+      const double count = static_cast<double>(x.numel() / channels);
+      std::vector<T> a(channels), b(channels);
+      for (int64_t c = 0; c < channels; ++c) {
+        const double inverse = affine.inverse_deviation[c];
+        dbias.data_ptr<double>()[c] = sums[c];
+        dweight.data_ptr<double>()[c] = sums[channels + c] * inverse;
+        if (!batch_statistics) continue;
+        a[c] = static_cast<T>(sums[c] / count);
+        b[c] = static_cast<T>(sums[channels + c] * inverse * inverse / count);
+      }
+      scalar_t* to = dx.data_ptr<scalar_t>();
+      segments.run([&](int64_t, const Segment& s) {
+        std::vector<T> work(5 * pattern);
+        T* at[5];
+        for (int64_t j = 0; j < 5; ++j) at[j] = work.data() + j * pattern;
+        segments.lay_out(s, affine.scale, at[0]);
+        segments.lay_out(s, affine.shift, at[1]);
+        segments.lay_out(s, affine.mean, at[2]);
+        segments.lay_out(s, a, at[3]);
+        segments.lay_out(s, b, at[4]);
+        input_gradient(g + s.begin, from + s.begin, s.count, pattern, at[0], at[1], at[2], at[3], at[4],
+                       to + s.begin);
+      });
+    });
+  }
+  return {dx, dweight.to(weight.scalar_type()), dbias.to(bias.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
+  m.impl("batch_norm_relu", &batch_norm_relu);
+  m.impl("batch_norm_relu_backward", &batch_norm_relu_backward);
+}
+
+}  // namespace spss

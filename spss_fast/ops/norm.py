@@ -1,0 +1,108 @@
+"""Batch norm, ReLU and a skip connection's addition in one operator: what follows each convolution of the V-Net.
+
+    y = max(0, weight (x - mean) / sqrt(variance + eps) + bias) [+ skip]
+
+with each channel's mean and biased variance, over the batch in training and the running ones else. Source: Ioffe &
+Szegedy, "Batch Normalization", ICML 2015. Torch's own operators, one after the other, read and write every feature map
+five times where this reads it twice and writes it once; the backward pass keeps nothing but x.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spss_fast.ops import backends, checks
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool,
+    momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None,
+) -> Tensor:
+    """The definition of :func:`batch_norm_relu` with torch's own operators."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    if not x.is_contiguous(memory_format=last):
+        x = x.contiguous()  # torch sums a strided half-precision tensor less exactly on the CPU
+    # torch 2.13's CPU backward misreads a strided weight of a tensor with one voxel a volume
+    weight, bias = weight.contiguous(), bias.contiguous()
+    y = F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))
+    return y if skip is None else y + skip
+
+
+def batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool,
+    momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None,
+) -> Tensor:
+    """``relu(batch_norm(x)) + skip``, differentiable in x, weight, bias and skip.
+
+    Args:
+        x: (B, C, *spatial), floating; read in place if contiguous or channels last; half types are computed in float32.
+        weight, bias: (C,), of the compute type.
+        running_mean, running_var: (C,), of the compute type; in training they move towards the batch's, in place.
+        training: whether to normalise by the batch's statistics (else by the running ones).
+        momentum: the share of the batch's statistics in the new running ones.
+        eps: added to the variance.
+        skip: of x's shape and dtype, added to the result; None for nothing.
+
+    Returns:
+        Of x's shape, dtype and memory format. Deterministic. The gradient is once differentiable.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: a shape or device does not fit, or training with one value per channel.
+    """
+    checks.is_tensor("x", x)
+    checks.has_channels("x", x)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, value in (("weight", weight), ("bias", bias), ("running_mean", running_mean),
+                        ("running_var", running_var)):
+        checks.is_tensor(name, value, compute)
+        checks.has_shape(name, value, (x.shape[1],), "x", x)
+    if skip is not None:
+        checks.is_tensor("skip", skip, x.dtype)
+        checks.has_shape("skip", skip, x.shape, "x", x)
+    count = x.numel() // x.shape[1]
+    if training and count == 1:
+        raise ValueError(f"x must have more than one value per channel in training, not shape {tuple(x.shape)}")
+    if backends.use_reference("norm", x):
+        return reference(x, weight, bias, running_mean, running_var, training, momentum, eps, skip)
+    statistics = (None, None) if training else (running_mean, running_var)
+    y, mean, variance = torch.ops.spss_fast.batch_norm_relu(x, weight, bias, skip, *statistics, eps)
+    if training and count:
+        with torch.no_grad():
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(variance * (count / (count - 1)), momentum)  # unbiased, as torch keeps it
+    return y
+
+
+@torch.library.register_fake("spss_fast::batch_norm_relu")
+def _fake(x, weight, bias, skip, mean, variance, eps):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.register_fake("spss_fast::batch_norm_relu_backward")
+def _fake_backward(grad, x, weight, bias, mean, variance, eps, batch_statistics):
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, skip, mean, _, ctx.eps = inputs
+    ctx.with_skip, ctx.batch_statistics = skip is not None, mean is None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+
+
+def _gradient(ctx, grad: Tensor, *_: Tensor | None):
+    gradients = torch.ops.spss_fast.batch_norm_relu_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.batch_statistics)
+    return *gradients, grad if ctx.with_skip else None, None, None, None
+
+
+def _once(ctx, *grads):
+    raise NotImplementedError(
+        "batch_norm_relu is differentiable once; second derivatives need spss_fast.ops.backend('reference')"
+    )
+
+
+torch.library.register_autograd("spss_fast::batch_norm_relu", _gradient, setup_context=_save)
+torch.library.register_autograd("spss_fast::batch_norm_relu_backward", _once)

@@ -1,0 +1,61 @@
+"""Batch norm with ReLU and skip connection: statistics, accuracy, and errors that name the argument."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from spss_fast.ops import batch_norm_relu
+
+
+def parameters(channels, dtype=torch.float32):
+    return [torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype),
+            torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)]
+
+
+def test_is_torchs_module_with_relu_and_moves_its_running_statistics():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm3d(6)
+    x, skip = 5 + torch.randn(3, 6, 4, 5, 6), torch.randn(3, 6, 4, 5, 6)
+    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+    expected = F.relu(norm(x)) + skip
+    actual = batch_norm_relu(x, norm.weight, norm.bias, mean, variance, True, skip=skip)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(mean, norm.running_mean)
+    torch.testing.assert_close(variance, norm.running_var)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
+    torch.manual_seed(0)
+    x = (1000 + torch.randn(2, 8, 20, 30, 40)).contiguous(memory_format=memory_format)
+    mean, variance = torch.zeros(8), torch.zeros(8)
+    y = batch_norm_relu(x, torch.ones(8), torch.ones(8), mean, variance, True, 1.0)
+    wide = x.double().movedim(1, 0).flatten(1)
+    torch.testing.assert_close(variance.double(), wide.var(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean.double(), wide.mean(1), rtol=1e-7, atol=0)
+    assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_nan_passes_through_the_relu():
+    x = torch.zeros(1, 2, 4)
+    x[0, 1, 2] = torch.nan
+    y = batch_norm_relu(x, *parameters(2), False)
+    assert y[0, 1, 2].isnan() and y.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(x=torch.zeros(2, 3)), ValueError, r"^x must be \(B, C, \*spatial\)"),
+    (dict(x=torch.zeros(2, 3, 4, dtype=torch.int64)), TypeError, "^x must be of a floating dtype"),
+    (dict(x=torch.zeros(1, 3, 1), training=True), ValueError, "^x must have more than one value per channel"),
+    (dict(weight=torch.ones(4)), ValueError, r"^weight must be of shape \(3,\)"),
+    (dict(running_var=torch.ones(3, dtype=torch.float64)), TypeError, "^running_var must be float32"),
+    (dict(skip=torch.zeros(2, 3, 5)), ValueError, "^skip must be of shape"),
+    (dict(skip=torch.zeros(2, 3, 4, dtype=torch.bfloat16)), TypeError, "^skip must be float32"),
+    (dict(bias=None), TypeError, "^bias must be a tensor"),
+])
+def test_errors(change, error, message):
+    names = ("weight", "bias", "running_mean", "running_var")
+    arguments = dict(zip(names, parameters(3))) | dict(x=torch.zeros(2, 3, 4), training=False) | change
+    with pytest.raises(error, match=message):
+        batch_norm_relu(**arguments)
