@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -174,17 +175,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _scaled(config: Config) -> None:
     """Shrink a full-resolution configuration by ``data.downsample`` so that a laptop can train it, in place.
 
-    Lengths in voxels shrink by the factor; a patch side is rounded to a multiple of 16, which the V-Net's four halvings
-    need. There are factor^3 fewer voxels to learn, so the joint schedule is as much shorter, with its learning-rate
-    steps and its ramps; it takes a higher learning rate to get anywhere in it. Two paces are left as they are: lambda
-    and the teacher's weight in the fused labels, because they hand over to a teacher that has to have learnt first.
+    Lengths in voxels shrink by the factor; a patch side is rounded up to a multiple of 16, which the V-Net's four
+    halvings need. There are factor^3 fewer voxels to learn, so the joint schedule is as much shorter, with its
+    learning-rate steps and its ramps; it takes a higher learning rate and less dropout to get anywhere in it. Two paces
+    are left as they are: lambda and the teacher's weight in the fused labels, because they hand over to a teacher that
+    has to have learnt first.
     """
     factor = config.data.downsample
     if factor == 1:
         return
     data, registration, training = config.data, config.registration, config.training
     selection = config.selection
-    data.patch = tuple(max(16, 16 * round(side / factor / 16)) for side in data.patch)
+    data.patch = tuple(16 * math.ceil(side / factor / 16) for side in data.patch)
     if data.resample is not None:
         data.resample = tuple(side // factor for side in data.resample)
     registration.opening = 2 * round((registration.opening // 2) / factor) + 1
@@ -192,12 +194,13 @@ def _scaled(config: Config) -> None:
     registration.far_distance = max(1, registration.far_distance // factor)
     registration.registration_epochs = max(1, registration.registration_epochs // (10 * factor**2))
     registration.registration_pairs = max(1, registration.registration_pairs // factor)
-    registration.registration_lr *= 10
+    registration.registration_lr = max(registration.registration_lr, 1e-3)
     training.iterations = max(1, training.iterations // factor**3)
     training.lr_every = max(1, training.lr_every // factor**3)
     selection.ramp_every = max(1, selection.ramp_every // factor**3)
     selection.tau_every = max(1, selection.tau_every // factor**3)
-    training.lr *= 5
+    training.lr = max(training.lr, 0.1)
+    config.network.dropout = min(config.network.dropout, 0.2)
     training.refresh_batches = 32
 
 

@@ -32,7 +32,7 @@ def test_settings_survive_toml_and_checkpoints(dataset, tmp_path):
 
 def test_the_laptop_variant_scales_lengths_and_schedule():
     full, half = resolve("la"), resolve("la", {"downsample": 2})
-    assert half.data.patch == (64, 64, 32)
+    assert half.data.patch == (64, 64, 48)
     assert (half.registration.opening, half.registration.closing) == (3, 3)
     assert half.registration.far_distance == full.registration.far_distance // 2
     assert half.training.iterations < full.training.iterations
