@@ -40,8 +40,9 @@ def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) ->
             default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
             shown = "" if default in (None, "") else f" (unless preset: {default})"
             choices = item.metadata.get("choices")
+            bare = {"nargs": "?", "const": item.metadata["bare"]} if "bare" in item.metadata else {}
             group.add_argument(
-                "--" + item.name.replace("_", "-"), dest=item.name, default=argparse.SUPPRESS,
+                "--" + item.name.replace("_", "-"), **bare, dest=item.name, default=argparse.SUPPRESS,
                 metavar="{" + ",".join(choices) + "}" if choices else "VALUE",
                 help=item.metadata["help"].replace("%", "%%") + shown,
             )

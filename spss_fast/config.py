@@ -22,7 +22,7 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with the text that ``--help`` shows for it."""
+    """A dataclass field with the text that ``--help`` shows for it; ``bare`` is what its flag means without a value."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -37,7 +37,9 @@ class DataSettings:
     n_test: int = setting(20, "volumes split off for testing where the data set brings no train.list")
     patch: tuple[int, int, int] = setting((112, 112, 80), "training patch in voxels: height, width, slices")
     window: tuple[float, float] | None = setting(None, "intensity window mapped to [0, 1] before z-scoring (CT: HU)")
-    body_crop: bool = setting(False, "crop to the body (largest component above -500 HU) before resampling")
+    body_crop: bool = setting(
+        False, "crop to the body (largest component above -500 HU) before resampling", bare=True
+    )
     resample: tuple[int, int, int] | None = setting(None, "voxels every volume is resampled to; none keeps the grid")
     max_in_plane: int = setting(0, "centre-crop slices to at most this many voxels a side; 0 keeps them whole")
     foreground: tuple[int, ...] = setting((), "label values merged into the foreground; empty means every value > 0")
@@ -126,7 +128,14 @@ class TrainingSettings:
     )
     seed: int = setting(0, "seed of the split, the annotated slices, the weights and the sampling")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
-    amp: str = setting("auto", "mixed precision", choices=("auto", "bf16", "off"))
+    amp: str = setting("auto", "mixed precision", choices=("auto", "bf16", "fp16", "off"))
+    optimizer: str = setting("torch", "whose fused SGD and Adam: torch's, or NVIDIA apex's", choices=("torch", "apex"))
+    deterministic: bool = setting(
+        False, "the same seed on the same machine gives the same bits, at some cost in speed", bare=True
+    )
+    profile: int = setting(
+        0, "iterations of stage 2 to profile: a table by phase and a Chrome trace; 0 profiles none", bare=10
+    )
     log_every: int = setting(10, "iterations between rows of metrics.csv")
     preview_every: int = setting(100, "iterations between preview PNGs")
     checkpoint_every: int = setting(100, "iterations between checkpoints")

@@ -12,7 +12,7 @@ from spss_fast.config import PRESETS, Config, resolve
 from spss_fast.data.dataset import Dataset, load
 from spss_fast.data.sampling import Sampler
 from spss_fast.engine import checkpoint
-from spss_fast.engine.device import resolve_amp, resolve_device
+from spss_fast.engine.device import determinism, resolve_amp, resolve_device
 from spss_fast.engine.evaluation import evaluate_labels, mean_and_sd, write_metrics
 from spss_fast.engine.inference import refresh_batch_norm
 from spss_fast.engine.preview import save_preview
@@ -60,8 +60,9 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
     precision = "float32" if amp is None else str(amp).removeprefix("torch.")
     console.print(f"{dataset.summary()}; {device}, {precision}; run folder {out}", highlight=False, soft_wrap=True)
     try:
-        pretrain_registration(state, dataset, folder, console)
-        train_jointly(state, dataset, folder, console)
+        with determinism(config.training.deterministic):
+            pretrain_registration(state, dataset, folder, console)
+            train_jointly(state, dataset, folder, console)
     except KeyboardInterrupt:
         checkpoint.save(state, folder.checkpoint)
         console.print(f"stopped at iteration {state.iteration}: --out {out} --resume goes on from here")

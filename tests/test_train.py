@@ -1,6 +1,7 @@
 """The whole job on small phantoms: two commands, resuming, what training may see, and bad command lines."""
 
 import csv
+import gzip
 import json
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from spss_fast import evaluate, train
 from spss_fast.config import resolve
 from spss_fast.data.phantom import write_phantoms
 from spss_fast.engine import checkpoint
+from spss_fast.engine.profiling import PHASES
 from spss_fast.errors import UserError
 
 SMALL = {
@@ -201,3 +203,33 @@ def test_evaluate_names_what_is_missing(tmp_path):
         evaluate.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="three voxel counts"):
         evaluate.main(["--run", str(tmp_path), "--stride", "4,4"])
+
+
+def test_the_same_seed_gives_the_same_bits(settings, tmp_path):
+    changes = {"deterministic": True, "iterations": 50, "log_every": 50, "checkpoint_every": 50, "preview_every": 50}
+    runs = [_weights(_train(settings | changes, tmp_path / name)) for name in ("first", "second")]
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+    assert not torch.are_deterministic_algorithms_enabled()
+    other = _weights(_train(settings | changes | {"seed": 1}, tmp_path / "other"))
+    assert not all(torch.equal(a, b) for a, b in zip(runs[0], other))
+
+
+def test_half_precision_scales_its_gradients_and_goes_on_with_its_scale(settings, tmp_path):
+    changes = {"amp": "fp16", "iterations": 2, "checkpoint_every": 1}
+    content = _train(settings | changes, tmp_path / "run")
+    assert content["scaler"]["scale"] > 1 and content["registration_scaler"]["scale"] > 1
+    assert all(value.isfinite().all() for value in _weights(content) if value.is_floating_point())
+    assert any(group for group in content["sgd"]["state"].values())  # no step was skipped for an overflow
+
+
+def test_a_profiled_run_says_where_its_time_goes(settings, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(["--dataset", "phantom", "--out", str(run), "--profile", "2", *_flags(settings | {"iterations": 5})])
+    shown = capsys.readouterr().out
+    table = (run / "profile.txt").read_text()
+    for phase in PHASES:
+        line = next(line for line in table.splitlines() if f" {phase} " in line)
+        assert float(line.split("│")[2]) > 0 and line.strip()[:20] in shown
+    with gzip.open(run / "trace.json.gz") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {f"spss_fast/{phase}" for phase in PHASES} <= names

@@ -13,7 +13,7 @@ from spss_fast.config import Config, from_dict, to_dict
 from spss_fast.engine.step import State
 from spss_fast.errors import UserError
 
-PARTS = ("student", "teacher", "registration", "sgd", "adam")
+PARTS = ("student", "teacher", "registration", "sgd", "adam", "scaler", "registration_scaler")
 
 
 def atomically(path: Path, write: Any) -> None:

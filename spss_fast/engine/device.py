@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 import torch
 
 from spss_fast.errors import UserError
@@ -24,10 +28,23 @@ def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
     """The autocast type: ``auto`` is bf16 where the hardware multiplies it natively, else float32 (None)."""
     if name == "off":
         return None
-    if name == "bf16":
-        return torch.bfloat16
+    if name in ("bf16", "fp16"):
+        return torch.bfloat16 if name == "bf16" else torch.float16
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     # AMX tiles or AVX512-BF16; without them bf16 is emulated, and slower than float32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else None
+
+
+@contextlib.contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """Within it, if ``wanted``, a seed gives the same bits again on the same machine, or an error says what does not."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

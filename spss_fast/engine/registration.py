@@ -43,14 +43,15 @@ def sample_pairs(volumes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def registration_steps(
     network: nn.Module, optimizer: torch.optim.Optimizer, volumes: Tensor, labels: Tensor | None,
-    settings: RegistrationSettings, amp: torch.dtype | None,
+    settings: RegistrationSettings, amp: torch.dtype | None, scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Ten optimizer steps on random neighbouring pairs; returns the last loss, a detached scalar.
 
     ``volumes`` (B, h, w, d) images. Without ``labels`` the loss is the image similarity (stage 1, step 1); with
     ``labels`` (B, h, w, d), the fused ones, their Dice after the warp joins it (step 10). The network runs under
-    autocast to ``amp``, everything after it in float32.
+    autocast to ``amp``, everything after it in float32. ``scaler`` keeps fp16 gradients from vanishing.
     """
+    scaler = scaler or torch.amp.GradScaler(volumes.device.type, enabled=False)
     slices = volumes.movedim(-1, 1).contiguous()  # (B, d, h, w): a pair is two rows
     label_slices = None if labels is None else labels.movedim(-1, 1).to(volumes.dtype).contiguous()
     loss = volumes.new_zeros(())
@@ -68,8 +69,9 @@ def registration_steps(
         if label_slices is not None:
             loss = loss + soft_dice_loss(warped_label, label_slices[volume, to_z][:, None])
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
     return loss.detach()
 
 

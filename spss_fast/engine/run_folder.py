@@ -39,8 +39,8 @@ class RunFolder:
     """Paths and writers of one run.
 
     Layout: ``config.toml``, ``environment.json``, ``cases.json`` (who was annotated where, who trains, who tests),
-    ``registration.csv`` and ``joint.csv`` (metrics of the two stages), ``pseudo_labels.csv``, ``checkpoints/last.pt``,
-    ``previews/*.png`` and TensorBoard events.
+    ``registration.csv`` and ``joint.csv`` (metrics of the two stages), ``registration_labels.csv``,
+    ``checkpoints/last.pt``, ``previews/*.png`` and TensorBoard events.
     """
 
     def __init__(self, path: Path) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from spss_fast.config import Config
 from spss_fast.data.sampling import Batch
-from spss_fast.engine import selfpaced
+from spss_fast.engine import optimizers, selfpaced
+from spss_fast.engine.profiling import phase
 from spss_fast.engine.pseudo_labels import fused_labels, registration_labels, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.nets.regnet import RegistrationNet
@@ -32,8 +33,11 @@ class State:
     registration: nn.Module = field(init=False)
     sgd: torch.optim.Optimizer = field(init=False)
     adam: torch.optim.Optimizer = field(init=False)
+    scaler: torch.amp.GradScaler = field(init=False)  # of the student's loss; does nothing but in fp16
+    registration_scaler: torch.amp.GradScaler = field(init=False)
     epoch: int = 0  # of stage 1
     iteration: int = 0  # t, of stage 2
+    average: optimizers.Average = field(init=False)  # how the teacher follows the student
     last_loss: Tensor = field(init=False)  # L_pace of the last iteration; inf before the first
 
     def __post_init__(self) -> None:
@@ -45,11 +49,13 @@ class State:
         )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.registration = RegistrationNet().to(self.device, memory_format=torch.channels_last)
-        self.sgd = torch.optim.SGD(
-            self.student.parameters(), training.lr, training.momentum, weight_decay=training.weight_decay, fused=True
+        self.sgd, self.adam = optimizers.build(
+            self.config, self.student.parameters(), self.registration.parameters(), self.device
         )
-        self.adam = torch.optim.Adam(
-            self.registration.parameters(), self.config.registration.registration_lr, fused=True
+        self.average = optimizers.moving_average(training.optimizer, self.device)
+        scaled = self.amp == torch.float16
+        self.scaler, self.registration_scaler = (
+            torch.amp.GradScaler(self.device.type, enabled=scaled) for _ in range(2)
         )
         self.last_loss = torch.tensor(float("inf"), dtype=torch.float64, device=self.device)
 
@@ -82,7 +88,7 @@ def registration_epoch(state: State, batches: list[Batch]) -> Tensor:
     for batch in batches:
         volumes = batch.image.to(state.device)[:, 0]
         loss = registration_steps(
-            state.registration, state.adam, volumes, None, settings, state.amp
+            state.registration, state.adam, volumes, None, settings, state.amp, state.registration_scaler
         )
     state.epoch += 1
     return loss
@@ -102,46 +108,49 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     state.teacher.train()  # its dropout is the Monte-Carlo dropout, its batch norm uses the batch
 
     # 1. registration steps without labels
-    registration_loss = registration_steps(
-        state.registration, state.adam, volumes, None, registration, state.amp
-    )
+    with phase("registration"):
+        registration_loss = registration_steps(
+            state.registration, state.adam, volumes, None, registration, state.amp, state.registration_scaler
+        )
     # 2. registration labels
-    label_reg = registration_labels(
-        state.registration, volumes[:labeled], batch.annotation, index, registration, state.amp
-    )
+    with phase("propagation"):
+        label_reg = registration_labels(
+            state.registration, volumes[:labeled], batch.annotation, index, registration, state.amp
+        )
 
     # 3. student on the clean view, teacher on the noisy one; the whole batch, for the batch norm's sake
-    with state.autocast():
+    with phase("student"), state.autocast():
         logits_s = state.student(image)[:labeled].float()
-        with torch.no_grad():
-            logits_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].float()
-    foreground_t = logits_t.softmax(1)[:, 1]
+    with phase("teacher"), state.autocast(), torch.no_grad():
+        logits_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].float()
+        foreground_t = logits_t.softmax(1)[:, 1]
 
     # 5, first half: the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
     height, width = image.shape[2:4]
     box = selfpaced.random_box(height, width)
     mixed = box.paste(view1, view2)
-    with state.autocast(), torch.no_grad():
+    with phase("teacher"), state.autocast(), torch.no_grad():
         pseudo_label = box.paste(state.teacher(view1), state.teacher(view2)).argmax(1)
 
     # 4. SU: Monte-Carlo entropy, and the K least uncertain voxels of the batch
-    total = torch.zeros(len(image), 2, *image.shape[2:], device=state.device).contiguous(
-        memory_format=torch.channels_last_3d
-    )
-    for _ in range(selection.passes):
-        with state.autocast(), torch.no_grad():
-            logits = state.teacher(selfpaced.clipped_noise(mixed, selection))
-        accumulate_softmax(total, logits)
-    weight = selfpaced.ramp(t, selection)
-    epoch = t // max(1, config.data.n_labeled // training.batch_labeled)
-    lam = selfpaced.threshold(epoch, selection)
-    keep = selfpaced.keep_count(
-        image[0, 0].numel(), state.last_loss, lam, weight * selfpaced.tau(t, selection)
-    )
-    entropy, mask = uncertainty_mask(total, selection.passes, keep)
+    with phase("teacher"), torch.no_grad():
+        total = torch.zeros(len(image), 2, *image.shape[2:], device=state.device).contiguous(
+            memory_format=torch.channels_last_3d
+        )
+        for _ in range(selection.passes):
+            with state.autocast():
+                logits = state.teacher(selfpaced.clipped_noise(mixed, selection))
+            accumulate_softmax(total, logits)
+        weight = selfpaced.ramp(t, selection)
+        epoch = t // max(1, config.data.n_labeled // training.batch_labeled)
+        lam = selfpaced.threshold(epoch, selection)
+        keep = selfpaced.keep_count(
+            image[0, 0].numel(), state.last_loss, lam, weight * selfpaced.tau(t, selection)
+        )
+        entropy, mask = uncertainty_mask(total, selection.passes, keep)
 
     # 5, second half: student on m
-    with state.autocast():
+    with phase("student"), state.autocast():
         encoded_m = state.student.encode(mixed)
         decoded_m = state.student.decode(encoded_m)
         logits_m = state.student.out_conv(state.student.dropout(decoded_m)).float()
@@ -150,45 +159,53 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
             classes_m = state.student.class_map(decoded_m).float()
 
     # 6. unsupervised loss over the selected voxels
-    ce_m, dice_m, dice_all = masked_ce_dice(logits_m, pseudo_label, mask, selection.unsupervised_ce)
-    loss_u = weight * (ce_m + dice_m)
-    state.last_loss = (ce_m + dice_all).detach().double()
+    with phase("losses"):
+        ce_m, dice_m, dice_all = masked_ce_dice(logits_m, pseudo_label, mask, selection.unsupervised_ce)
+        loss_u = weight * (ce_m + dice_m)
+        state.last_loss = (ce_m + dice_all).detach().double()
 
     # 7. SC: no loss needs A2's decoder, nor gradients through A1's
-    with state.autocast():
+    with phase("student"), state.autocast():
         encoded_a = state.student.encode(view1)
         features_a = state.student.project(encoded_a).float()
         features_b = state.student.project(state.student.encode(view2)).float()
         with torch.no_grad():
             classes_a = state.student.class_map(state.student.decode(encoded_a)).float()
-    loss_c = weight * contrastive_loss(
-        features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature,
-        selection.contrast == "bidirectional",
-    )
+    with phase("losses"):
+        loss_c = weight * contrastive_loss(
+            features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature,
+            selection.contrast == "bidirectional",
+        )
 
     # 8. fused labels, and the supervised loss on them
-    w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
-    label_seg, label = fused_labels(label_reg, foreground_t, annotation, index, w_p)
-    weights = voxel_weights(
-        label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
-        training.label_weights == "truncated",
-    )
-    ce, dice = weighted_ce_dice(logits_s, label.long(), weights)
-    loss_s = 0.5 * (ce + 0.3 * dice)
+    with phase("losses"):
+        w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
+        label_seg, label = fused_labels(label_reg, foreground_t, annotation, index, w_p)
+        weights = voxel_weights(
+            label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
+            training.label_weights == "truncated",
+        )
+        ce, dice = weighted_ce_dice(logits_s, label.long(), weights)
+        loss_s = 0.5 * (ce + 0.3 * dice)
 
     # 9. one SGD step, then the teacher's moving average
     loss = loss_s + loss_u + loss_c
     for group in state.sgd.param_groups:
         group["lr"] = training.lr * training.lr_factor ** (t // training.lr_every)
     state.sgd.zero_grad(set_to_none=True)
-    loss.backward()
-    state.sgd.step()
-    update_teacher(state.teacher, state.student, t, training.ema)
+    with phase("student"):
+        state.scaler.scale(loss).backward()
+    with phase("optimizer"):
+        state.scaler.step(state.sgd)
+        state.scaler.update()
+        update_teacher(state.teacher, state.student, t, training.ema, state.average)
 
     # 10. registration steps on the fused labels
-    supervised_registration_loss = registration_steps(
-        state.registration, state.adam, volumes[:labeled], label, registration, state.amp
-    )
+    with phase("registration"):
+        supervised_registration_loss = registration_steps(
+            state.registration, state.adam, volumes[:labeled], label, registration, state.amp,
+            state.registration_scaler,
+        )
     state.iteration += 1
     return Outputs(
         metrics={

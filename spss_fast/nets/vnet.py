@@ -6,6 +6,7 @@ checkpoints use (METHOD, Networks).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +149,13 @@ class VNet(nn.Module):
 
 
 @torch.no_grad()
-def update_teacher(teacher: nn.Module, student: nn.Module, iteration: int, bound: float = 0.99) -> None:
-    """Exponential moving average of the parameters, alpha = min(1 - 1/(t + 1), bound); buffers are left alone."""
+def update_teacher(
+    teacher: nn.Module, student: nn.Module, iteration: int, bound: float = 0.99,
+    average: Callable[..., object] = torch._foreach_lerp_,
+) -> None:
+    """Exponential moving average of the parameters, alpha = min(1 - 1/(t + 1), bound); buffers are left alone.
+
+    ``average(targets, sources, weight)`` moves all targets towards their sources by ``weight``, in place.
+    """
     alpha = min(1 - 1 / (iteration + 1), bound)
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - alpha)
+    average(list(teacher.parameters()), list(student.parameters()), 1 - alpha)

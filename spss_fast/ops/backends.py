@@ -56,16 +56,26 @@ def _pairs() -> list[tuple[str, str]]:
 
 
 def _load_extension() -> str | None:
-    """Load the compiled operators; without them define their schemas from Python, and return why they are not there."""
+    """Load the compiled operators; without them define their schemas from Python, and return why they are not there.
+
+    RuntimeError if they were compiled from sources older than this file's.
+    """
+    text = Path(__file__).with_name("schemas.inc").read_text()
+    schemas = re.findall(r'^SPSS_FAST_OPERATOR\("(.+)"\)$', text, re.MULTILINE)
     try:
         import_module("spss_fast._C")
-        return None
     except ImportError as error:
-        reason = "is not built" if importlib.util.find_spec("spss_fast._C") is None else f"does not load ({error})"
-    text = Path(__file__).with_name("schemas.inc").read_text()
-    for schema in re.findall(r'^SPSS_FAST_OPERATOR\("(.+)"\)$', text, re.MULTILINE):
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return reason
+        for schema in schemas:
+            _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        return "is not built" if importlib.util.find_spec("spss_fast._C") is None else f"does not load ({error})"
+    names = [schema.partition("(")[0] for schema in schemas]
+    absent = [name for name in names if not hasattr(torch.ops.spss_fast, name)]
+    if absent:
+        raise RuntimeError(
+            f"the compiled extension of spss_fast is older than its Python part and lacks {', '.join(absent)}: "
+            "`pip install --no-build-isolation -e .` in the checkout builds it anew"
+        )
+    return None
 
 
 def _say_slow() -> None:

@@ -99,6 +99,19 @@ print(active("warp", "cpu"), u.grad.shape[1], on_import, sum("compiled extension
     assert done.stdout.split() == ["reference", "2", "0", "1"], done.stderr
 
 
+@pytest.mark.skipif(not COMPILED, reason="the compiled extension is not built")
+def test_an_extension_older_than_the_schemas_is_told_apart():
+    code = """
+import pathlib
+read = pathlib.Path.read_text
+newer = 'SPSS_FAST_OPERATOR("tomorrows(Tensor x) -> Tensor")' + chr(10)
+pathlib.Path.read_text = lambda path: read(path) + newer * (path.name == "schemas.inc")
+import spss_fast.ops
+"""
+    said = python(code).stderr.splitlines()[-1]
+    assert said.startswith("RuntimeError: the compiled extension of spss_fast is older") and "lacks tomorrows:" in said
+
+
 def test_importing_the_operators_does_not_import_triton():
     code = "import sys, spss_fast.ops; print('triton.language' in sys.modules)"
     assert python(code).stdout.strip() == "False"

@@ -8,7 +8,7 @@ SHAPES = ((2, 8, 5, 6, 7), (3, 1, 9, 5), (2, 24, 3), (4, 70, 1, 1, 1), (1, 16, 2
 
 
 def _make(shape, dtype, generator):
-    """x off centre; weights of both signs; the skip connection; running statistics as integers, which ask no gradient."""
+    """x off centre; weights of both signs; a skip connection; running statistics as integers, which ask no gradient."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     x = 3 + 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
     weight, bias = (torch.randn(shape[1], generator=generator, dtype=torch.float64).to(compute) for _ in range(2))

@@ -1,0 +1,135 @@
+"""A joint iteration, the registration stage and the V-Net alone against their straightforward formulations.
+
+A step draws from one batch of made-up scans: what it costs does not depend on what they show.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from spss_fast.config import Config, resolve
+from spss_fast.data.sampling import Batch
+from spss_fast.engine.device import resolve_amp
+from spss_fast.engine.registration import registration_steps
+from spss_fast.engine.step import State, joint_iteration
+from spss_fast.nets.vnet import VNet
+from spss_fast.ops import backend
+
+PRESETS = {"LA": {}, "LA --downsample 2 --filters 8": {"downsample": 2, "filters": 8}}
+PROVIDERS = ("spss_fast", "straightforward")
+ROUNDS = 3  # a step takes seconds to minutes on a CPU, and varies little
+
+
+def settings(preset: str, **changes) -> Config:
+    return resolve("la", PRESETS[preset] | changes)
+
+
+@functools.lru_cache(maxsize=1)
+def data(patch: tuple[int, int, int]) -> Batch:
+    """Noisy ellipsoids, drifting a little from slice to slice."""
+    torch.manual_seed(0)
+    h, w, d = patch
+    y, x, z = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in (h, w, d)), indexing="ij")
+    inside = ((y - 0.1 * z) ** 2 / 0.2 + x**2 / 0.15 + z**2 / 0.8 < 1).float()
+    views = [2 * inside.expand(4, 1, h, w, d) + 0.3 * torch.randn(4, 1, h, w, d) for _ in range(3)]
+    index = torch.tensor([d // 3, d // 2])
+    annotation = inside[:, :, index].movedim(-1, 0).to(torch.uint8).contiguous()
+    reference = inside.to(torch.uint8).expand(2, h, w, d).contiguous()
+    return Batch(["a", "b", "c", "d"], *views, annotation, index, reference)
+
+
+def iteration(provider: str, config: Config, device: str):
+    """A function that runs one iteration and returns its losses."""
+    place, batch = torch.device(device), data(config.data.patch)
+    if provider == "spss_fast":
+        state = State(config, place, resolve_amp(config.training.amp, place))
+        return lambda: joint_iteration(state, batch).metrics
+    pytest.importorskip("cv2", reason="OpenCV comes with the bench extra")
+    import straightforward
+
+    state = straightforward.to_contiguous(State(config, place, None))
+    return lambda: straightforward.joint_iteration(state, batch)
+
+
+@functools.cache
+def check_that_both_compute_the_same(device: str) -> None:
+    """In float32 and without dropout, from the same seed; in the third iteration the first two have left their mark."""
+    config = settings(
+        "LA --downsample 2 --filters 8", patch="32,32,32", dropout=0, amp="off", registration_pairs=4,
+        fusion_iterations=4, ramp_every=1,
+    )
+    losses = {}
+    for provider in PROVIDERS:
+        run = iteration(provider, config, device)
+        for _ in range(3):
+            losses[provider] = run()
+    for name, expected in losses["straightforward"].items():
+        actual = losses["spss_fast"][name]
+        torch.testing.assert_close(
+            actual.float(), expected.float(), rtol=1e-2, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("preset", PRESETS)
+def bench_iteration(measure, device, preset, provider):
+    check_that_both_compute_the_same(device)
+    config = settings(preset)
+    measure(iteration(provider, config, device), rounds=ROUNDS, operator="step", case="iteration", size=preset,
+            provider=provider, elements=data(config.data.patch).image.numel(), bytes=0)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("preset", PRESETS)
+def bench_registration(measure, device, preset, provider):
+    place = torch.device(device)
+    config = settings(preset)
+    state = State(config, place, resolve_amp("auto", place) if provider == "spss_fast" else None)
+    volumes = data(config.data.patch).image[:, 0].to(place)
+
+    def run():
+        with backend("reference") if provider == "straightforward" else contextlib.nullcontext():
+            return registration_steps(state.registration, state.adam, volumes, None, config.registration, state.amp)
+
+    measure(run, rounds=ROUNDS, operator="step", case="10 registration steps", size=preset, provider=provider,
+            elements=volumes.numel(), bytes=0)
+
+
+NETWORKS = ("spss_fast", "plain eager float32", "MONAI VNet float32")
+
+
+@pytest.mark.parametrize("provider", NETWORKS)
+def bench_network(measure, device, provider):
+    """Forward and backward of one patch of LA."""
+    shape = (1, 1, 112, 112, 80)
+    torch.manual_seed(0)
+    image, target = torch.randn(shape, device=device), torch.randint(0, 2, (1, *shape[2:]), device=device)
+    if provider == "MONAI VNet float32":
+        nets = pytest.importorskip("monai.networks.nets", reason="MONAI comes with the bench extra")
+        network, amp = nets.VNet(in_channels=1, out_channels=2).to(device), None
+    else:
+        network, amp = VNet().to(device), None
+    if provider == "spss_fast":
+        network, image = (x.to(memory_format=torch.channels_last_3d) for x in (network, image))
+        amp = resolve_amp("auto", torch.device(device))
+
+    def run():
+        with torch.autocast(device, amp, enabled=amp is not None):
+            logits = network(image)
+        F.cross_entropy(logits.float(), target).backward()
+
+    if provider == "plain eager float32":
+        with backend("reference"):
+            measure(run, rounds=ROUNDS, **about(shape, provider))
+    else:
+        measure(run, rounds=ROUNDS, **about(shape, provider))
+
+
+def about(shape: tuple[int, ...], provider: str) -> dict:
+    return dict(operator="step", case="V-Net forward + backward", size="x".join(map(str, shape)), provider=provider,
+                elements=torch.Size(shape).numel(), bytes=0)
