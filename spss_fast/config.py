@@ -185,10 +185,10 @@ def _scaled(config: Config) -> None:
     """Shrink a full-resolution configuration by ``data.downsample`` so that a laptop can train it, in place.
 
     Lengths in voxels shrink by the factor; a patch side is rounded up to a multiple of 16, which the V-Net's four
-    halvings need. There are factor^3 fewer voxels to learn, so the joint schedule is as much shorter, with its
-    learning-rate steps and its ramps; it takes a higher learning rate and less dropout to get anywhere in it. Two paces
-    are left as they are: lambda and the teacher's weight in the fused labels, because they hand over to a teacher that
-    has to have learnt first.
+    halvings need. There are factor^3 fewer voxels to learn, so the joint schedule is shorter, with its learning-rate
+    steps and its ramps, by that and half as much again: longer ones go on to learn the labels' noise. It takes a higher
+    learning rate and less dropout to get there. Two paces are left as they are: lambda and the teacher's weight in the
+    fused labels, because they hand over to a teacher that has to have learnt first.
     """
     factor = config.data.downsample
     if factor == 1:
@@ -201,13 +201,15 @@ def _scaled(config: Config) -> None:
     registration.opening = 2 * round((registration.opening // 2) / factor) + 1
     registration.closing = 2 * round((registration.closing // 2) / factor) + 1
     registration.far_distance = max(1, registration.far_distance // factor)
-    registration.registration_epochs = max(1, registration.registration_epochs // (10 * factor**2))
+    registration.far_iterations = max(1, registration.far_iterations // factor)
+    registration.registration_epochs = max(1, registration.registration_epochs // (5 * factor**2))
     registration.registration_pairs = max(1, registration.registration_pairs // factor)
     registration.registration_lr = max(registration.registration_lr, 1e-3)
-    training.iterations = max(1, training.iterations // factor**3)
-    training.lr_every = max(1, training.lr_every // factor**3)
-    selection.ramp_every = max(1, selection.ramp_every // factor**3)
-    selection.tau_every = max(1, selection.tau_every // factor**3)
+    shorter = 3 * factor**3 // 2
+    training.iterations = max(1, training.iterations // shorter)
+    training.lr_every = max(1, training.lr_every // shorter)
+    selection.ramp_every = max(1, selection.ramp_every // shorter)
+    selection.tau_every = max(1, selection.tau_every // shorter)
     training.lr = max(training.lr, 0.1)
     config.network.dropout = min(config.network.dropout, 0.2)
     training.refresh_batches = 32
