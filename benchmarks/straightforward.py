@@ -94,7 +94,7 @@ def contrastive_n_by_n(a: Tensor, b: Tensor, n: Tensor, logits_a: Tensor, logits
 
 
 def joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
-    """METHOD's steps 1 to 10, drawing the same random numbers as ``engine.step.joint_iteration``; returns the losses."""
+    """METHOD's steps 1 to 10 on the same random numbers as ``engine.step.joint_iteration``; returns the losses."""
     with backend("reference"):
         return _joint_iteration(state, batch)
 

@@ -39,7 +39,7 @@ def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def determinism(wanted: bool) -> Iterator[None]:
-    """Within it, if ``wanted``, a seed gives the same bits again on the same machine, or an error says what does not."""
+    """Within it, if ``wanted``, a seed gives the same bits on the same machine again, or an error says what cannot."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
