@@ -16,6 +16,7 @@ from spss_fast.engine.device import determinism, resolve_amp, resolve_device
 from spss_fast.engine.evaluation import evaluate_labels, mean_and_sd, write_metrics
 from spss_fast.engine.inference import refresh_batch_norm
 from spss_fast.engine.preview import save_preview
+from spss_fast.engine.profiling import phase, profiler
 from spss_fast.engine.progress import Progress
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.step import State, foreground_dice, joint_iteration, registration_epoch
@@ -93,11 +94,17 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
     sampler = Sampler(dataset.labeled, dataset.unlabeled, config, training.seed)
     if state.iteration >= training.iterations:
         return
-    with Progress(console, "stage 2: joint training", training.iterations, state.iteration) as progress:
+    with (
+        Progress(console, "stage 2: joint training", training.iterations, state.iteration) as progress,
+        profiler(training.profile, state.device, folder.path, console) as profile,
+    ):
         while state.iteration < training.iterations:
-            batch = sampler.batch(state.iteration)
+            with phase("data"):
+                batch = sampler.batch(state.iteration)
             outputs = joint_iteration(state, batch)
             t = state.iteration
+            if profile is not None:
+                profile.step()
             if t % training.log_every == 0 or t == training.iterations:
                 row = {name: float(value) for name, value in outputs.metrics.items()}
                 if batch.reference is not None:

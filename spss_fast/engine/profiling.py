@@ -47,7 +47,7 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
 def phase_table(done: profile, iterations: int, device: torch.device) -> Table:
     """Milliseconds an iteration and share of it, by phase; on a GPU also the time that its kernels ran."""
     events = list(done.events())
-    steps = [e for e in events if e.name.startswith("ProfilerStep#") and e.device_type == DeviceType.CPU]
+    steps = [e for e in events if e.name.startswith("ProfilerStep") and e.device_type == DeviceType.CPU]
     total = sum(event.time_range.elapsed_us() for event in steps)
     spent = dict.fromkeys(PHASES, 0.0)
     kernels = dict.fromkeys(PHASES, 0.0)
@@ -74,7 +74,10 @@ def phase_table(done: profile, iterations: int, device: torch.device) -> Table:
 def idle_share(events: list, steps: list) -> float:
     """The share of the profiled time in which no kernel ran on the GPU."""
     begin, end = min(s.time_range.start for s in steps), max(s.time_range.end for s in steps)
-    spans = sorted((e.time_range.start, e.time_range.end) for e in events if e.device_type == DeviceType.CUDA)
+    spans = sorted(
+        (e.time_range.start, e.time_range.end) for e in events
+        if e.device_type == DeviceType.CUDA and not e.name.startswith(("spss_fast/", "ProfilerStep"))  # those are marks
+    )
     busy, until = 0.0, begin
     for start, stop in spans:
         start, stop = max(start, until), min(stop, end)

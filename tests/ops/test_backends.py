@@ -105,7 +105,9 @@ def test_an_extension_older_than_the_schemas_is_told_apart():
 import pathlib
 read = pathlib.Path.read_text
 newer = 'SPSS_FAST_OPERATOR("tomorrows(Tensor x) -> Tensor")' + chr(10)
-pathlib.Path.read_text = lambda path: read(path) + newer * (path.name == "schemas.inc")
+pathlib.Path.read_text = lambda path, *rest, **named: (
+    read(path, *rest, **named) + newer * (path.name == "schemas.inc")
+)
 import spss_fast.ops
 """
     said = python(code).stderr.splitlines()[-1]
