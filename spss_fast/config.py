@@ -46,6 +46,10 @@ class DataSettings:
     downsample: int = setting(1, "shrink volumes, patch and registration labels' morphology by this factor")
     cache_dir: str = setting("", "where prepared volumes are kept (default: $XDG_CACHE_HOME/spss_fast)")
     workers: int = setting(0, "processes that prepare volumes; 0 means one per core")
+    loader: str = setting(
+        "auto", "who cuts the training patches; both give the same (auto: dali on a GPU where it is installed)",
+        choices=("auto", "dali", "torch"),
+    )
     phantoms: int = setting(28, "phantom volumes to write when the phantom folder is empty")
 
 

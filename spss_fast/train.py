@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ from rich.console import Console
 from spss_fast import cli
 from spss_fast.config import PRESETS, Config, resolve
 from spss_fast.data.dataset import Dataset, load
-from spss_fast.data.sampling import Sampler
+from spss_fast.data.loader import batches, resolve_loader
+from spss_fast.data.sampling import Batch, Sampler
 from spss_fast.engine import checkpoint
 from spss_fast.engine.device import determinism, resolve_amp, resolve_device
 from spss_fast.engine.evaluation import evaluate_labels, mean_and_sd, write_metrics
@@ -50,6 +54,7 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         folder.refuse_if_used()
     device = resolve_device(config.training.device)
     amp = resolve_amp(config.training.amp, device)
+    loader = resolve_loader(config.data.loader, device)
     dataset = load(config, console)
     state = State(config, device, amp)
     if resume:
@@ -59,7 +64,8 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
     else:
         folder.create(config, device, dataset.describe())
     precision = "float32" if amp is None else str(amp).removeprefix("torch.")
-    console.print(f"{dataset.summary()}; {device}, {precision}; run folder {out}", highlight=False, soft_wrap=True)
+    console.print(f"{dataset.summary()}; {device}, {precision}, {loader} loader; run folder {out}",
+                  highlight=False, soft_wrap=True)
     try:
         with determinism(config.training.deterministic):
             pretrain_registration(state, dataset, folder, console)
@@ -76,15 +82,18 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
 def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, console: Console) -> None:
     """Stage 1: epochs of registration steps on whole batches."""
     config = state.config
-    batches = max(1, config.data.n_labeled // config.training.batch_labeled)
+    per_epoch = max(1, config.data.n_labeled // config.training.batch_labeled)
     sampler = Sampler(dataset.labeled, dataset.unlabeled, config, config.training.seed + 1)
     epochs = config.registration.registration_epochs
-    with Progress(console, "stage 1: registration", epochs, state.epoch) as progress:
+    with (
+        Progress(console, "stage 1: registration", epochs, state.epoch) as progress,
+        closing(batches(sampler, state.device, state.epoch * per_epoch, config.data.loader)) as loader,
+    ):
         while state.epoch < epochs:
-            loss = registration_epoch(state, [sampler.batch(state.epoch * batches + i) for i in range(batches)])
+            loss = registration_epoch(state, islice(loader, per_epoch))
             folder.log("registration", state.epoch, {"loss": float(loss)})
             progress.update(state.epoch, f"loss {float(loss):.4f}")
-            if state.epoch % max(1, config.training.checkpoint_every // batches) == 0 or state.epoch == epochs:
+            if state.epoch % max(1, config.training.checkpoint_every // per_epoch) == 0 or state.epoch == epochs:
                 checkpoint.save(state, folder.checkpoint)
 
 
@@ -97,10 +106,11 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
     with (
         Progress(console, "stage 2: joint training", training.iterations, state.iteration) as progress,
         profiler(training.profile, state.device, folder.path, console) as profile,
+        closing(batches(sampler, state.device, state.iteration, config.data.loader)) as loader,
     ):
         while state.iteration < training.iterations:
             with phase("data"):
-                batch = sampler.batch(state.iteration)
+                batch = next(loader)
             outputs = joint_iteration(state, batch)
             t = state.iteration
             if profile is not None:
@@ -115,17 +125,16 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
             if t % training.preview_every == 0 or t == training.iterations:
                 save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t)
             if t == training.iterations:
-                finish(state, dataset, sampler, folder, console)
+                finish(state, dataset, loader, folder, console)
             if t % training.checkpoint_every == 0 or t == training.iterations:
                 checkpoint.save(state, folder.checkpoint)
 
 
-def finish(state: State, dataset: Dataset, sampler: Sampler, folder: RunFolder, console: Console) -> None:
+def finish(state: State, dataset: Dataset, loader: Iterator[Batch], folder: RunFolder, console: Console) -> None:
     """Settle the student's batch norm for inference, and measure the registration labels where they can be."""
     refresh = state.config.training.refresh_batches
     if refresh:
-        images = (sampler.batch(state.iteration + i).image.to(state.device) for i in range(refresh))
-        refresh_batch_norm(state.student, images, state.amp)
+        refresh_batch_norm(state.student, (batch.image for batch in islice(loader, refresh)), state.amp)
     rows = evaluate_labels(
         state.registration, dataset.labeled, state.config.registration, state.device, state.amp
     )

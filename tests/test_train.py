@@ -156,6 +156,19 @@ def test_half_precision_trains(settings, tmp_path):
     assert content["iteration"] == 3 and all(torch.isfinite(value).all() for value in _weights(content))
 
 
+def test_both_loaders_train_the_same_weights(settings, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed (pip install spss_fast[dali])")
+    contents = [_train(settings | {"loader": name}, tmp_path / name) for name in ("torch", "dali")]
+    assert all(torch.equal(a, b) for a, b in zip(*map(_weights, contents)))
+
+
+def test_a_missing_dali_is_named_before_anything_is_written(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="--loader dali: DALI cannot be imported"):
+        _train(settings | {"loader": "dali"}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_old_run_is_not_overwritten(settings, tmp_path):
     run = tmp_path / "run"
     _train(settings, run)

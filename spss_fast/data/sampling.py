@@ -1,14 +1,13 @@
-"""Training batches from prepared volumes, in plain PyTorch.
+"""What a training batch holds, drawn from prepared volumes, and its patches in plain PyTorch.
 
-Batch t depends on the seed and t alone, so that a run can go on anywhere. What training may see of a volume's label
-(one slice) and what only monitoring may see (all of it) are different fields from here on.
+Batch t depends on the seed and t alone, so that a run can go on anywhere, with whichever loader (``loader``). What
+training may see of a volume's label (one slice) and what only monitoring may see (all of it) are different fields from
+here on.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,12 +37,12 @@ class TrainingVolume:
 
 @dataclass
 class Batch:
-    """B volumes of patch (h, w, d), of which the first L are annotated; on the CPU.
+    """B volumes of patch (h, w, d), of which the first L are annotated.
 
     ``image`` is the supervised view, ``view1`` and ``view2`` (A1, A2) share a geometry of their own and differ by
-    noise; all (B, 1, h, w, d) float32. ``annotation`` (L, h, w) uint8 and ``index`` (L,) int64, the annotated slice
-    within the patch, and ``reference`` (L, h, w, d) uint8 have the geometry of ``image``. ``reference`` is there for
-    monitoring only, and None unless every annotated volume has one.
+    noise; all (B, 1, h, w, d) float32, on the device that trains. On the CPU always, and in the geometry of ``image``:
+    ``annotation`` (L, h, w) uint8; ``index`` (L,) int64, the annotated slice within the patch; ``reference``
+    (L, h, w, d) uint8, which is there for monitoring only, and None unless every annotated volume has one.
     """
 
     names: list[str]
@@ -53,6 +52,10 @@ class Batch:
     annotation: torch.Tensor
     index: torch.Tensor
     reference: torch.Tensor | None
+
+    def with_images(self, image: torch.Tensor, view: torch.Tensor) -> Batch:
+        """The same batch with other images: a supervised view, and one view for A1 and A2."""
+        return replace(self, image=image, view1=view, view2=view)
 
 
 def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: int) -> list[TrainingVolume]:
@@ -95,6 +98,13 @@ class Geometry:
         """The (h, w) patch of one (H, W) slice."""
         return self._turned(_cropped(plane, self.start[:2], self.size[:2], fill))
 
+    @property
+    def steps(self) -> tuple[bool, bool, bool]:
+        """The turn and the mirroring as three steps to take in this order: whether the in-plane axes are exchanged,
+        whether axis 0 is mirrored, whether axis 1 is."""
+        rows, columns = self.quarters in (1, 2), self.quarters in (2, 3)
+        return self.quarters % 2 == 1, rows ^ (self.flip == 0), columns ^ (self.flip == 1)
+
     def _turned(self, patch: torch.Tensor) -> torch.Tensor:
         patch = torch.rot90(patch, self.quarters, (0, 1))
         return patch if self.flip is None else patch.flip(self.flip)
@@ -125,96 +135,125 @@ def _turn_and_mirror(random: np.random.Generator) -> tuple[int, int | None]:
     return int(random.integers(4)), (None, 0)[random.integers(2)]
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One place of a batch: a volume, the ``supervised`` view of it, and the geometry that its two ``views`` share."""
+
+    volume: TrainingVolume
+    supervised: Geometry
+    views: Geometry
+    noisy: tuple[bool, bool]  # whether A1 has noise, whether A2 has
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that chance decides about a batch: its samples, annotated and not, and the seed of their noise."""
+
+    labeled: list[Sample]
+    unlabeled: list[Sample]
+    noise_seed: int
+
+    @property
+    def samples(self) -> list[Sample]:
+        return self.labeled + self.unlabeled
+
+    @property
+    def names(self) -> list[str]:
+        return [sample.volume.name for sample in self.samples]
+
+    @property
+    def index(self) -> torch.Tensor:
+        """(L,) int64: the annotated slices within their patches."""
+        return torch.tensor([sample.volume.index - sample.supervised.start[2] for sample in self.labeled])
+
+    @property
+    def has_reference(self) -> bool:
+        return all(sample.volume.reference is not None for sample in self.labeled)
+
+
 class Sampler:
-    """Endless iterator of :class:`Batch`: annotated and unlabelled volumes in two orders, each drawn anew every pass.
+    """Draws the batches of a run: annotated and unlabelled volumes in two orders, each drawn anew every pass.
 
     Supervised view: random quarter turn and mirroring in plane, random crop that holds the annotated
     slice and, where one fits, some of its foreground. A1 and A2: turn and mirroring of their own with probability
     0.5, one crop, and per view with probability 0.5 noise N(0, ``noise``) clipped to ``noise_clip``. Volumes smaller
     than the patch are centred in it, with their minimum (labels: 0) around them.
 
-    ``prefetch`` batches are made ahead in a thread; it has no influence on them. Close the sampler (or use it as a
-    context manager) to end the thread.
+    Of ``world`` processes that train together, each takes its share by its ``rank``: batch t of this rank is batch
+    t * world + rank of the row that a single process would see, so that together they pass over the volumes once.
+    Raises ``ValueError`` for volumes that cannot make a batch, and for a rank that is not one of the world's.
     """
 
     def __init__(self, labeled: list[TrainingVolume], unlabeled: list[TrainingVolume], config: Config, seed: int,
-                 prefetch: int = 2):
+                 rank: int = 0, world: int = 1):
         training = config.training
         if not labeled or any(volume.index is None or volume.annotation is None for volume in labeled):
             raise ValueError("labeled must hold volumes with an index and an annotation")
         if not unlabeled and training.batch_unlabeled:
             raise ValueError("unlabeled must hold at least one volume")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is not one of the {world} of the world")
         self.labeled, self.unlabeled = labeled, unlabeled
         self.counts = training.batch_labeled, training.batch_unlabeled
         self.patch = config.data.patch
         self.noise, self.noise_clip = config.selection.noise, config.selection.noise_clip
-        self.seed = seed
-        self.step = 0
-        self._fill = {id(volume): float(volume.image.min()) for volume in (*labeled, *unlabeled)}
-        self._prefetch = prefetch
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="sampler") if prefetch else None
-        self._ahead: deque[Future[Batch]] = deque()
+        self.seed, self.rank, self.world = seed, rank, world
+        self._minimum: dict[int, float] = {}
 
-    def __iter__(self) -> Sampler:
-        return self
-
-    def __next__(self) -> Batch:
-        step, self.step = self.step, self.step + 1
-        if self._thread is None:
-            return self.batch(step)
-        while len(self._ahead) <= self._prefetch:
-            self._ahead.append(self._thread.submit(self.batch, step + len(self._ahead)))
-        return self._ahead.popleft().result()
-
-    def state_dict(self) -> dict[str, int]:
-        return {"seed": self.seed, "step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where the sampler that gave ``state`` was, over the same volumes."""
-        self.seed, self.step = state["seed"], state["step"]
-        self._drop_ahead()
-
-    def close(self) -> None:
-        self._drop_ahead()
-        if self._thread is not None:
-            self._thread.shutdown()
-
-    def __enter__(self) -> Sampler:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def _drop_ahead(self) -> None:
-        for future in self._ahead:
-            future.cancel()
-        self._ahead.clear()
+    def minimum(self, volume: TrainingVolume) -> float:
+        """The least value of a volume's image, which stands around it where it is smaller than the patch."""
+        if id(volume) not in self._minimum:  # all of the volume is read for it, so not before it is needed
+            self._minimum[id(volume)] = float(volume.image.min())
+        return self._minimum[id(volume)]
 
     def batch(self, step: int) -> Batch:
         """Batch number ``step``, whatever was drawn before."""
+        draw = self.draw(step)
+        return self.add_noise(self.patches(draw), draw)
+
+    def draw(self, step: int) -> Draw:
+        """What batch number ``step`` holds; no voxel is touched for it but those of annotations."""
+        step = step * self.world + self.rank
         random = np.random.default_rng([self.seed, 0, step])
-        noise = torch.Generator().manual_seed(int(random.integers(2**63)))
+        noise_seed = int(random.integers(2**63))
         volumes = [self.labeled[i] for i in self._turn(1, len(self.labeled), self.counts[0], step)]
         volumes += [self.unlabeled[i] for i in self._turn(2, len(self.unlabeled), self.counts[1], step)]
-        images, views1, views2, annotations, indices, references = [], [], [], [], [], []
+        samples = []
         for position, volume in enumerate(volumes):
-            annotated, fill = position < self.counts[0], self._fill[id(volume)]
-            geometry = self._supervised(random, volume, annotated)
-            images.append(geometry.apply(volume.image, fill))
-            if annotated:
-                annotations.append(geometry.apply_slice(volume.annotation, 0))
-                indices.append(volume.index - geometry.start[2])
-                references.append(volume.reference if volume.reference is None else geometry.apply(volume.reference, 0))
+            supervised = self._supervised(random, volume, position < self.counts[0])
             quarters, flip = _turn_and_mirror(random) if random.random() < 0.5 else (0, None)
-            view = self._random_crop(random, volume, quarters, flip).apply(volume.image, fill)
-            views1.append(self._noisy(view, random, noise))
-            views2.append(self._noisy(view, random, noise))
-        complete = all(reference is not None for reference in references)
-        return Batch(
-            [volume.name for volume in volumes],
-            torch.stack(images).unsqueeze(1), torch.stack(views1).unsqueeze(1), torch.stack(views2).unsqueeze(1),
-            torch.stack(annotations), torch.tensor(indices), torch.stack(references) if complete else None,
+            views = self._random_crop(random, volume, quarters, flip)
+            noisy = random.random() < 0.5, random.random() < 0.5
+            samples.append(Sample(volume, supervised, views, noisy))
+        return Draw(samples[: self.counts[0]], samples[self.counts[0] :], noise_seed)
+
+    def patches(self, draw: Draw) -> Batch:
+        """The batch of ``draw`` before the noise, on the CPU: A1 and A2 are one and the same tensor."""
+        image, view = (
+            torch.stack([
+                getattr(sample, name).apply(sample.volume.image, self.minimum(sample.volume)) for sample in draw.samples
+            ]).unsqueeze(1)
+            for name in ("supervised", "views")
         )
+        annotation = torch.stack([s.supervised.apply_slice(s.volume.annotation, 0) for s in draw.labeled])
+        reference = None
+        if draw.has_reference:
+            reference = torch.stack([s.supervised.apply(s.volume.reference, 0) for s in draw.labeled])
+        return Batch(draw.names, image, view, view, annotation, draw.index, reference)
+
+    def add_noise(self, batch: Batch, draw: Draw) -> Batch:
+        """``batch``, as :meth:`patches` makes it, with the noise of A1 and A2; A1's own memory is written to.
+
+        The noise is torch's on the device of the batch, seeded by ``draw`` alone: the same for every loader there.
+        """
+        view1, view2 = batch.view1, batch.view1.clone()
+        generator = torch.Generator(view1.device).manual_seed(draw.noise_seed)
+        for *views, sample in zip(view1, view2, draw.samples):
+            for view, noisy in zip(views, sample.noisy):
+                if noisy:
+                    noise = torch.randn(view.shape, generator=generator, device=view.device)
+                    view += noise.mul_(self.noise).clamp_(-self.noise_clip, self.noise_clip)
+        return replace(batch, view1=view1, view2=view2)
 
     def _turn(self, role: int, volumes: int, count: int, step: int) -> list[int]:
         """Which volumes batch ``step`` takes: the ``count`` next of an endless row of permutations."""
@@ -243,8 +282,3 @@ class Sampler:
         pixels = volume.annotation.nonzero()
         row, column = pixels[int(random.integers(len(pixels)))].tolist()
         return self._random_crop(random, volume, quarters, flip, (row, column, volume.index))
-
-    def _noisy(self, view: torch.Tensor, random: np.random.Generator, noise: torch.Generator) -> torch.Tensor:
-        if random.random() >= 0.5:
-            return view
-        return view + (torch.randn(view.shape, generator=noise) * self.noise).clamp_(-self.noise_clip, self.noise_clip)

@@ -31,7 +31,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int) -> 
     Columns: registration label, fused label and the student's prediction, each with the reference where a full label
     exists; then the mixed image m with the voxels that the uncertainty mask M selects.
     """
-    image = batch.image[:, 0].numpy()
+    image = batch.image[:, 0].cpu().numpy()
     rows = [(i, z) for i in range(len(batch.index)) for z in _slices(int(batch.index[i]), image.shape[-1])]
     figure = Figure(figsize=(12, 3 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)

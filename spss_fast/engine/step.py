@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +82,7 @@ def seed_for(seed: int, stage: int, position: int) -> int:
     return (seed * 2 + stage) * 1_000_003 + position
 
 
-def registration_epoch(state: State, batches: list[Batch]) -> Tensor:
+def registration_epoch(state: State, batches: Iterable[Batch]) -> Tensor:
     """Stage 1: one epoch of registration pre-training; returns the last loss."""
     torch.manual_seed(seed_for(state.config.training.seed, 1, state.epoch))
     settings = state.config.registration

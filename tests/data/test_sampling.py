@@ -28,10 +28,10 @@ def labelled(image):
     return (image.long() * 7919) % 101 > 70
 
 
-def sampler_of(labeled=4, unlabeled=5, shape=SHAPE, patch="32 16 16", seed=3, index=12, prefetch=0, **flags):
+def sampler_of(labeled=4, unlabeled=5, shape=SHAPE, patch="32 16 16", seed=3, index=12, rank=0, world=1, **flags):
     config = resolve("la", {"patch": patch, **flags})
     return Sampler([coded(f"l{i}", shape, index) for i in range(labeled)],
-                   [coded(f"u{i}", shape, None) for i in range(unlabeled)], config, seed, prefetch)
+                   [coded(f"u{i}", shape, None) for i in range(unlabeled)], config, seed, rank, world)
 
 
 def same(one, other):
@@ -92,7 +92,7 @@ def test_minimum_pads_where_intensities_are_negative():
     sampler = sampler_of(shape=(10, 12, 8), patch="16 16 16", index=3)
     for volume in (*sampler.labeled, *sampler.unlabeled):
         volume.image -= 500
-    sampler = Sampler(sampler.labeled, sampler.unlabeled, resolve("la", {"patch": "16 16 16"}), 0, prefetch=0)
+    sampler = Sampler(sampler.labeled, sampler.unlabeled, resolve("la", {"patch": "16 16 16"}), 0)
     assert sampler.batch(0).image.amin((1, 2, 3, 4)).tolist() == [-500] * 4
 
 
@@ -158,7 +158,7 @@ def test_a_small_foreground_in_a_large_slice_is_always_in_the_crop():
     volume.annotation[3, 170] = 1
     volumes = [volume, replace(volume)]
     unlabeled = [coded("u", (200, 180, 20), None)] * 2
-    sampler = Sampler(volumes, unlabeled, resolve("la", {"patch": "16 32 16"}), 0, prefetch=0)
+    sampler = Sampler(volumes, unlabeled, resolve("la", {"patch": "16 32 16"}), 0)
     starts = set()
     for step in range(30):
         batch = sampler.batch(step)
@@ -175,8 +175,8 @@ def test_the_annotated_slice_comes_to_lie_anywhere_in_the_crop():
 
 def test_a_batch_depends_on_the_seed_and_its_number_only():
     one, other = sampler_of(), sampler_of()
-    for _ in range(5):
-        next(other)
+    for step in range(5):
+        other.batch(step)
     same(one.batch(7), other.batch(7))
     assert not torch.equal(one.batch(7).image, one.batch(8).image)
     assert not torch.equal(one.batch(7).image, sampler_of(seed=4).batch(7).image)
@@ -187,29 +187,11 @@ def test_a_batch_depends_on_the_seed_and_its_number_only():
     same(again, other.batch(7))
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_iteration_is_the_row_of_batches_with_and_without_prefetching(prefetch):
-    plain = sampler_of()
-    with sampler_of(prefetch=prefetch) as sampler:
-        for step, batch in zip(range(8), sampler):
-            same(batch, plain.batch(step))
-
-
-@pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_resumed_sampler_goes_on_exactly(prefetch):
-    with sampler_of(prefetch=prefetch) as sampler:
-        for _ in range(5):
-            next(sampler)
-        state = sampler.state_dict()
-        expected = [next(sampler) for _ in range(3)]
-        sampler.load_state_dict(state)
-        for batch in expected:
-            same(next(sampler), batch)
-    with sampler_of(seed=99, prefetch=prefetch) as fresh:
-        next(fresh)
-        fresh.load_state_dict(state)
-        for batch in expected:
-            same(next(fresh), batch)
+def test_ranks_share_the_row_of_a_single_process():
+    alone, ranks = sampler_of(), [sampler_of(rank=rank, world=3) for rank in range(3)]
+    for step in range(4):
+        for rank, sampler in enumerate(ranks):
+            same(sampler.batch(step), alone.batch(3 * step + rank))
 
 
 def test_references_change_nothing_but_themselves():
@@ -246,6 +228,8 @@ def test_wrong_volumes_are_refused():
         Sampler([], [coded("b", index=None)], config, 0)
     with pytest.raises(ValueError, match="unlabeled"):
         Sampler([coded("a")], [], config, 0)
+    with pytest.raises(ValueError, match="rank 2"):
+        sampler_of(rank=2, world=2)
 
 
 @pytest.mark.parametrize("quarters", range(4))
@@ -257,6 +241,11 @@ def test_geometry_against_turning_the_whole_volume(quarters, flip):
     expected = expected if flip is None else np.flip(expected, flip)
     np.testing.assert_array_equal(geometry.apply(volume, 0.0).numpy(), expected)
     np.testing.assert_array_equal(geometry.apply_slice(volume[:, :, 4], 0.0).numpy(), expected[:, :, 2])
+    patch = volume.numpy()[3:19, 5:37, 2:10]
+    exchanged, rows, columns = geometry.steps
+    patch = patch.swapaxes(0, 1) if exchanged else patch
+    patch = patch[:: -1 if rows else 1, :: -1 if columns else 1]
+    np.testing.assert_array_equal(patch, expected)
 
 
 def test_training_sees_one_slice_of_a_label(tmp_path):
