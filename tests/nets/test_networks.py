@@ -38,6 +38,22 @@ def test_vnet_outputs(vectors):
     torch.testing.assert_close(network(archive["x"]), archive["logits_train"], rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_gradients_where_the_bottleneck_is_one_voxel_deep():
+    """Memory that was just freed holds NaN here, so that a gradient which is left unwritten shows."""
+    torch.manual_seed(0)
+    network = VNet(filters=2).to(memory_format=torch.channels_last_3d)
+    x = torch.randn(2, 1, 32, 32, 16).contiguous(memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(x)
+    freed = [torch.full((27 * 32 * 32,), torch.nan) for _ in range(40)]
+    del freed
+    logits.float().square().mean().backward()
+    for convolution in network.block_five.conv[::3]:
+        gradient = convolution.weight.grad
+        assert gradient.isfinite().all() and gradient[..., 1].any()
+        assert not gradient[..., 0].any() and not gradient[..., 2].any()  # these taps meet nothing but padding
+
+
 def test_registration_net_output(vectors):
     archive = vectors("regnet")
     network = RegistrationNet()
