@@ -205,7 +205,6 @@ def _scaled(config: Config) -> None:
     registration.opening = 2 * round((registration.opening // 2) / factor) + 1
     registration.closing = 2 * round((registration.closing // 2) / factor) + 1
     registration.far_distance = max(1, registration.far_distance // factor)
-    registration.far_iterations = max(1, registration.far_iterations // factor)
     registration.registration_epochs = max(1, registration.registration_epochs // (5 * factor**2))
     registration.registration_pairs = max(1, registration.registration_pairs // factor)
     registration.registration_lr = max(registration.registration_lr, 1e-3)

@@ -29,8 +29,8 @@ def _norm_relu(x: Tensor, norm: nn.BatchNorm3d, skip: Tensor | None = None) -> T
 
 
 def _convolve(convolution: nn.Conv3d, x: Tensor) -> Tensor:
-    """``convolution(x)``, in float32 where torch (2.13, CPU) errs in bfloat16: along an axis of one voxel the outer taps
-    meet nothing but padding, and their weight gradient is left unwritten instead of 0."""
+    """``convolution(x)``, in float32 where torch (2.13, CPU) errs in bfloat16: along an axis of one voxel the outer
+    taps meet nothing but padding, and their weight gradient is left unwritten instead of 0."""
     if x.device.type == "cpu" and 1 in x.shape[2:]:
         with torch.autocast("cpu", enabled=False):
             return convolution(x.float())
