@@ -14,7 +14,7 @@ from spss_fast.ops.backends import active, available
 
 MAIN = (4, 1, 112, 112, 80)
 LARGE = (8, 2, 256, 256, 256)  # GPU only
-GROWING = [(4, 1, 28, 28, 40), (4, 1, 56, 56, 40), (4, 1, 56, 112, 80), MAIN]
+GROWING = [(4, 1, 56, 56, 80), (4, 1, 56, 112, 80), MAIN, (4, 1, 112, 112, 160)]  # all larger than usual L2 caches
 CASES = {"forward": (False, False), "forward + backward": (False, True), "forward + both backward": (True, True)}
 
 
@@ -66,7 +66,8 @@ def bytes_moved(shape: tuple[int, ...], case: str) -> int:
 def rows() -> list[tuple[tuple[int, ...], str, str]]:
     peers = ["spss_fast", "monai", "grid_sample", "grid_sample compiled"]
     found = [(MAIN, case, provider) for case in CASES for provider in peers]
-    found += [(shape, case, "spss_fast") for shape in GROWING[:-1] for case in ("forward", "forward + backward")]
+    growing = [shape for shape in GROWING if shape != MAIN]
+    found += [(shape, case, "spss_fast") for shape in growing for case in ("forward", "forward + backward")]
     if torch.cuda.is_available():
         found += [(LARGE, case, provider) for case in CASES for provider in peers]
         others = [name for name in available("warp", "cuda") if name not in ("reference", active("warp", "cuda"))]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from harness import Row, copy_bandwidth, synchronise, table, time_calls, write
+from harness import RESULTS, Row, copy_bandwidth, growth, synchronise, table, time_calls, write
 
 ROWS: list[Row] = []
 REPORT = pytest.StashKey[dict]()
@@ -16,7 +17,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("spss_fast benchmarks")
     group.addoption("--bench-device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
     group.addoption("--bench-seconds", type=float, default=1.5, help="time for one row, about (default: %(default)s)")
-    group.addoption("--bench-dry", action="store_true", help="do not write benchmarks/results")
+    group.addoption("--bench-results", type=Path, default=RESULTS, help="folder to write to (default: %(default)s)")
 
 
 def _device(config) -> str:
@@ -39,8 +40,7 @@ def measure(benchmark, device, request):
             run()
             synchronise(device)
             what["peak_memory"] = torch.cuda.max_memory_allocated() - before
-        median, iqr, rounds = time_calls(benchmark, run, device, request.config.getoption("--bench-seconds"))
-        row = Row(**what, median=median, iqr=iqr, rounds=rounds)
+        row = Row(**what, **time_calls(benchmark, run, device, request.config.getoption("--bench-seconds")))
         ROWS.append(row)
         return row
 
@@ -52,17 +52,23 @@ def pytest_sessionfinish(session):
         return
     device = _device(session.config)
     bandwidth = copy_bandwidth(device)
-    files = [] if session.config.getoption("--bench-dry") else write(ROWS, device, bandwidth)
-    session.config.stash[REPORT] = {"lines": table(ROWS, bandwidth), "bandwidth": bandwidth, "files": files}
+    files = write(ROWS, device, bandwidth, session.config.getoption("--bench-results"))
+    session.config.stash[REPORT] = {"bandwidth": bandwidth, "files": files}
 
 
 def pytest_terminal_summary(terminalreporter, config):
     report = config.stash.get(REPORT, None)
     if report is None:
         return
-    widths = [max(len(line[i]) for line in report["lines"]) for i in range(len(report["lines"][0]))]
-    terminalreporter.section(f"against the peers (copy bandwidth {report['bandwidth'] / 1e9:.1f} GB/s)")
-    for line in report["lines"]:
-        terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    for title, lines in (
+        (f"against the peers (copy bandwidth {report['bandwidth'] / 1e9:.1f} GB/s)", table(ROWS, report["bandwidth"])),
+        ("growth with size, by the fastest call", growth(ROWS)),
+    ):
+        if not lines:
+            continue
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.write_line("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     for path in report["files"]:
-        terminalreporter.write_line(f"wrote {path.relative_to(config.rootpath)}")
+        terminalreporter.write_line(f"wrote {path}")

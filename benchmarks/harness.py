@@ -31,6 +31,7 @@ class Row:
     elements: int  # what the cost should be linear in: voxels, mostly
     bytes: int  # that must move at least: inputs read once, outputs written once; 0 where that says nothing
     median: float  # seconds of one call
+    fastest: float  # what else runs on the machine only ever adds time
     iqr: float
     rounds: int
     peak_memory: int | None = None  # bytes, on a GPU
@@ -55,10 +56,11 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / best
 
 
-def time_calls(benchmark, run: Callable[[], object], device: str, seconds: float) -> tuple[float, float, int]:
-    """Median and interquartile range of one call, through pytest-benchmark; the first calls are not counted.
+def time_calls(benchmark, run: Callable[[], object], device: str, seconds: float) -> dict[str, float]:
+    """A Row's times of one call in seconds, and their rounds, through pytest-benchmark; the first calls do not count.
 
-    A GPU call is queued several times before one wait, so that launch gaps count only where they cannot be hidden.
+    A GPU call is queued several times before one wait, so that launch gaps count only where they cannot be hidden; its
+    fastest time is that of the fastest such round.
     """
     for _ in range(2):
         run()
@@ -78,7 +80,10 @@ def time_calls(benchmark, run: Callable[[], object], device: str, seconds: float
     benchmark.pedantic(several, rounds=rounds, iterations=1, warmup_rounds=1)
     samples = sorted(sample / calls for sample in benchmark.stats.stats.data)
     quartiles = statistics.quantiles(samples, n=4)
-    return statistics.median(samples), quartiles[2] - quartiles[0], rounds
+    return {
+        "median": statistics.median(samples), "fastest": samples[0], "iqr": quartiles[2] - quartiles[0],
+        "rounds": rounds,
+    }
 
 
 def environment(device: str) -> dict:
@@ -108,22 +113,34 @@ def ratios(rows: list[Row]) -> dict[int, float]:
     return {id(r): r.median / ours[key] for r in rows if (key := (r.operator, r.case, r.size)) in ours}
 
 
-def exponent(rows: list[Row]) -> float | None:
-    """The slope of log time over log elements of our own rows of one case: 1 is linear cost."""
-    points = sorted({(math.log(r.elements), math.log(r.median)) for r in rows if r.provider == OURS})
-    if len(points) < 3:
-        return None
-    return statistics.linear_regression(*zip(*points)).slope
+def growth(rows: list[Row]) -> list[list[str]]:
+    """Header, and per case of three sizes or more how our own fastest call grows with the elements; [] without any.
+
+    The exponent is the slope of log time over log elements, 1 for linear cost; then the time per element at each size,
+    relative to that at the largest.
+    """
+    lines = ["operator,case,grows as,time per element relative to the largest size".split(",")]
+    for operator, case in dict.fromkeys((r.operator, r.case) for r in rows):
+        own = [r for r in rows if (r.operator, r.case, r.provider) == (operator, case, OURS)]
+        own.sort(key=lambda r: r.elements)
+        if len(own) < 3:
+            continue
+        fit = statistics.linear_regression([math.log(r.elements) for r in own], [math.log(r.fastest) for r in own])
+        each = [r.fastest / r.elements for r in own]
+        relative = ", ".join(f"{r.size}: {cost / each[-1]:.2f}" for r, cost in zip(own, each))
+        lines.append([operator, case, f"elements^{fit.slope:.2f}", relative])
+    return lines if len(lines) > 1 else []
 
 
 def table(rows: list[Row], bandwidth: float) -> list[list[str]]:
     """Header and lines, largest size first within a case, ours first within a size."""
     ratio = ratios(rows)
-    lines = ["operator,case,size,provider,median,IQR,ours is faster by,of copy bandwidth,peak".split(",")]
+    lines = ["operator,case,size,provider,median,fastest,IQR,ours is faster by,of copy bandwidth,peak".split(",")]
     order = sorted(rows, key=lambda r: (r.operator, r.case, -r.elements, r.provider != OURS, r.median))
     for r in order:
         lines.append([
-            r.operator, r.case, r.size, r.provider, f"{1e3 * r.median:.3f} ms", f"{1e3 * r.iqr:.3f} ms",
+            r.operator, r.case, r.size, r.provider, f"{1e3 * r.median:.3f} ms", f"{1e3 * r.fastest:.3f} ms",
+            f"{1e3 * r.iqr:.3f} ms",
             "" if r.provider == OURS or id(r) not in ratio else f"{ratio[id(r)]:.1f}x",
             f"{100 * r.bytes / r.median / bandwidth:.0f}%" if r.bytes else "",
             f"{r.peak_memory / 2**20:.0f} MiB" if r.peak_memory is not None else "",
@@ -132,46 +149,58 @@ def table(rows: list[Row], bandwidth: float) -> list[list[str]]:
 
 
 def markdown(rows: list[Row], bandwidth: float, about: dict) -> str:
-    lines = table(rows, bandwidth)
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    text.insert(1, f"|{'---|' * len(lines[0])}")
+    def as_markdown(lines: list[list[str]]) -> list[str]:
+        text = [f"| {' | '.join(line)} |" for line in lines]
+        return ["", text[0], f"|{'---|' * len(lines[0])}", *text[1:]] if text else []
+
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    head = [f"{about['device']}; commit {about['commit']}; {versions}; copy bandwidth {bandwidth / 1e9:.1f} GB/s.", ""]
-    tail = [""]
-    for case in dict.fromkeys(r.case for r in rows):
-        slope = exponent([r for r in rows if r.case == case])
-        if slope is not None:
-            tail.append(f"Cost of {case} over {OURS}'s sizes grows as elements^{slope:.2f}.")
-    return "\n".join([*head, *text, *tail]).rstrip() + "\n"
+    head = [f"{about['device']}; commit {about['commit']}; {versions}; copy bandwidth {bandwidth / 1e9:.1f} GB/s."]
+    return "\n".join([*head, *as_markdown(table(rows, bandwidth)), *as_markdown(growth(rows))]) + "\n"
 
 
 def plot(rows: list[Row], path: Path) -> None:
+    """One operator's cases side by side: median over elements, and what linear growth up to our largest would be."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
+    ratio = ratios(rows)
     cases = list(dict.fromkeys(r.case for r in rows))
-    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 5), squeeze=False)
     for axis, case in zip(axes[0], cases):
-        for provider in dict.fromkeys(r.provider for r in rows if r.case == case):
-            points = sorted((r.elements, 1e3 * r.median) for r in rows if r.case == case and r.provider == provider)
-            axis.plot(*zip(*points), marker="o", label=provider)
+        own = sorted((r for r in rows if r.case == case), key=lambda r: (r.provider != OURS, r.provider, r.elements))
+        for provider in dict.fromkeys(r.provider for r in own):
+            line = [r for r in own if r.provider == provider]
+            times = "" if provider == OURS or id(line[-1]) not in ratio else f": {ratio[id(line[-1])]:.1f}x ours"
+            axis.plot([r.elements for r in line], [1e3 * r.median for r in line], marker="o", label=provider + times)
+        sizes = sorted({r.elements for r in own})
+        largest = max((r for r in own if r.provider == OURS), key=lambda r: r.elements, default=None)
+        if largest is not None and len(sizes) > 1:
+            linear = [1e3 * largest.median * size / largest.elements for size in sizes]
+            axis.plot(sizes, linear, color="grey", linestyle="dotted", label="linear", zorder=0)
         axis.set(title=f"{rows[0].operator}: {case}", xlabel="elements", ylabel="ms a call", xscale="log", yscale="log")
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize="small")
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
+        axis.margins(x=0.1, y=0.15)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.17))  # below: it would hide points
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def write(rows: list[Row], device: str, bandwidth: float) -> list[Path]:
-    """Per operator: benchmarks/results/<operator>-<device>.json, .md and .png."""
-    RESULTS.mkdir(exist_ok=True)
+def write(rows: list[Row], device: str, bandwidth: float, folder: Path) -> list[Path]:
+    """Per operator: <operator>-<device>.json, .md and .png in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     about, written = environment(device), []
     for operator in dict.fromkeys(r.operator for r in rows):
         own = [r for r in rows if r.operator == operator]
-        stem = RESULTS / f"{operator}-{device}"
+        stem = folder / f"{operator}-{device}"
         body = {**about, "copy_bandwidth": bandwidth, "rows": [asdict(r) for r in own]}
         stem.with_suffix(".json").write_text(json.dumps(body, indent=1) + "\n")
         stem.with_suffix(".md").write_text(markdown(own, bandwidth, about))

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 
 #include <array>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -57,6 +58,108 @@ inline std::array<int64_t, 4> check_propagate(
   for (const Tensor& tensor : {index, flow_up, flow_down})
     TORCH_CHECK_VALUE(tensor.device() == labels.device(), "index, flow_up and flow_down must be on labels' device");
   return {batch, height, width, depth};
+}
+
+// (B, C, *spatial) of a floating dtype.
+inline void check_maps(const Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.is_floating_point(), name, " must be of a floating dtype, not ", tensor.scalar_type());
+  TORCH_CHECK_VALUE(
+      tensor.dim() >= 3 && tensor.size(1) >= 1, name, " must be (B, C, *spatial) with C >= 1, not ", tensor.sizes());
+}
+
+// (B, *spatial) of the maps' sizes where `channels` is 0, else (B, channels, *spatial).
+inline void check_goes_with(
+    const Tensor& tensor, const char* name, const Tensor& maps, const char* source, int64_t channels = 0) {
+  std::vector<int64_t> wanted = maps.sizes().vec();
+  if (channels > 0)
+    wanted[1] = channels;
+  else
+    wanted.erase(wanted.begin() + 1);
+  TORCH_CHECK_VALUE(
+      tensor.sizes() == wanted, name, " must be of shape ", wanted, " for this ", source, ", not ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == maps.device(), name, " must be on ", source, "'s device");
+}
+
+inline void check_accumulate_softmax(const Tensor& total, const Tensor& logits) {
+  check_maps(logits, "logits");
+  const auto wanted = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(total.scalar_type() == wanted, "total must be ", wanted, " for these logits");
+  check_goes_with(total, "total", logits, "logits", logits.size(1));
+}
+
+inline void check_uncertainty_mask(const Tensor& total, int64_t passes, const Tensor& keep) {
+  check_maps(total, "total");
+  TORCH_CHECK_TYPE(
+      total.scalar_type() == at::kFloat || total.scalar_type() == at::kDouble, "total must be float32 or float64");
+  TORCH_CHECK_VALUE(
+      total.numel() / total.size(1) < int64_t(1) << 32, "total must hold fewer than 2^32 voxels, not ",
+      total.numel() / total.size(1));  // a histogram's bin is 32 bits wide
+  TORCH_CHECK_VALUE(passes >= 1, "passes must be at least 1, not ", passes);
+  TORCH_CHECK_TYPE(keep.scalar_type() == at::kLong, "keep must be int64, not ", keep.scalar_type());
+  TORCH_CHECK_VALUE(keep.dim() == 0, "keep must have no dimensions, not be ", keep.sizes());
+  TORCH_CHECK_VALUE(keep.device() == total.device(), "keep must be on total's device");
+}
+
+inline void check_select_prototypes(const Tensor& logits, int64_t k) {
+  check_maps(logits, "logits");
+  TORCH_CHECK_VALUE(k >= 0, "k must not be negative, not ", k);
+}
+
+inline void check_contrastive_loss(
+    const Tensor& a, const Tensor& b, const Tensor& n, const Tensor& logits_a, const Tensor& logits_n, int64_t k,
+    double temperature) {
+  check_maps(a, "a");
+  check_goes_with(b, "b", a, "a", a.size(1));
+  check_goes_with(n, "n", a, "a", a.size(1));
+  TORCH_CHECK_TYPE(b.scalar_type() == a.scalar_type(), "b must be of a's dtype, not ", b.scalar_type());
+  TORCH_CHECK_TYPE(n.scalar_type() == a.scalar_type(), "n must be of a's dtype, not ", n.scalar_type());
+  check_maps(logits_a, "logits_a");
+  check_goes_with(logits_a, "logits_a", a, "a", logits_a.size(1));
+  check_maps(logits_n, "logits_n");
+  check_goes_with(logits_n, "logits_n", logits_a, "logits_a", logits_a.size(1));
+  TORCH_CHECK_VALUE(k >= 0, "k must not be negative, not ", k);
+  TORCH_CHECK_VALUE(temperature > 0, "temperature must be above 0, not ", temperature);
+}
+
+// `weight` is the mask (bool) of masked_ce_dice or the weight (floating) of weighted_ce_dice.
+inline void check_ce_dice(const Tensor& logits, const Tensor& target, const Tensor& weight, bool masked) {
+  const char* const name = masked ? "mask" : "weight";
+  check_maps(logits, "logits");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "target must be int64, not ", target.scalar_type());
+  check_goes_with(target, "target", logits, "logits");
+  TORCH_CHECK_TYPE(
+      masked ? weight.scalar_type() == at::kBool : weight.is_floating_point(), name, " must be ",
+      masked ? "bool" : "of a floating dtype", ", not ", weight.scalar_type());
+  check_goes_with(weight, name, logits, "logits");
+  TORCH_CHECK_VALUE(masked || logits.size(1) >= 2, "logits must have a background and at least one foreground channel");
+}
+
+inline void check_ce_dice_backward(
+    const Tensor& grad, const Tensor& logits, const Tensor& target, const Tensor& weight, const Tensor& sums,
+    bool masked) {
+  check_ce_dice(logits, target, weight, masked);
+  TORCH_CHECK_VALUE(grad.dim() == 1 && grad.size(0) == (masked ? 3 : 2), "grad must be one number a loss");
+  TORCH_CHECK_TYPE(sums.scalar_type() == at::kDouble, "sums must be what the forward pass returned");
+  TORCH_CHECK_VALUE(
+      sums.dim() == 1 && sums.size(0) == 2 * logits.size(0) + 4 * logits.size(1) && sums.device() == logits.device(),
+      "sums must be what the forward pass returned for these logits");
+}
+
+inline void check_batch_norm_relu(
+    const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& skip,
+    const std::optional<Tensor>& mean, const std::optional<Tensor>& variance) {
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(1) > 0, "x must be (B, C, *spatial) with C >= 1, not ", x.sizes());
+  TORCH_CHECK_VALUE(mean.has_value() == variance.has_value(), "mean and variance go together: both, or neither");
+  const auto is_channels = [&](const char* name, const Tensor& t) {
+    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), name, " must be (C,), not ", t.sizes());
+    TORCH_CHECK_TYPE(t.is_floating_point(), name, " must be of a floating dtype, not ", t.scalar_type());
+  };
+  is_channels("weight", weight);
+  is_channels("bias", bias);
+  if (mean) is_channels("mean", *mean), is_channels("variance", *variance);
+  if (!skip) return;
+  TORCH_CHECK_VALUE(skip->sizes() == x.sizes(), "skip must be of x's shape, not ", skip->sizes());
+  TORCH_CHECK_TYPE(skip->scalar_type() == x.scalar_type(), "skip must be of x's dtype, not ", skip->scalar_type());
 }
 
 }  // namespace spss

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import merge
+from spss_fast.kernels.planes import merge, plane
 from torch import Tensor
+
+from spss_fast.ops import checks
 
 BLOCK = 1024
 ANCHORS = 32  # a block
@@ -31,12 +33,12 @@ def _confidence(
     top = tl.load(source, inside, 0.0).to(tl.float32)
     best = tl.zeros([BLOCK], tl.int32)
     for c in range(1, CHANNELS):
-        x = tl.load(source + c * logits_c, inside, 0.0).to(tl.float32)
+        x = tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32)
         best = tl.where(x > top, c, best)
         top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
     norm = tl.zeros_like(top)
     for c in range(CHANNELS):
-        norm += tl.exp(tl.load(source + c * logits_c, inside, 0.0).to(tl.float32) - top)
+        norm += tl.exp(tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32) - top)
     confidence = 1.0 / norm
     index = batch * voxels + voxel
     bits = confidence.to(tl.int32, bitcast=True).to(tl.int64) << 32
@@ -45,8 +47,10 @@ def _confidence(
 
 
 def select_prototypes(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    checks.has_channels("logits", logits)
     source = merge(logits)
     batch, channels, voxels = source.shape
+    checks.fits_32_bits("logits", batch * voxels)
     key = torch.empty(batch * voxels, dtype=torch.int64, device=logits.device)
     predicted = torch.empty(batch * voxels, dtype=torch.int32, device=logits.device)
     if key.numel():
@@ -97,6 +101,7 @@ def _loss(
     BOTH: tl.constexpr, WITH_GRAD: tl.constexpr, BANK: tl.constexpr, WIDTH: tl.constexpr, ANCHORS: tl.constexpr,
 ):
     feature = tl.arange(0, WIDTH)[None, :]
+    far = feature.to(tl.int64)  # feature times stride may not fit into 32 bits
     tile = tl.arange(0, BANK)[:, None] * WIDTH + feature
     sum_of_losses = tl.zeros([], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(anchors, ANCHORS), tl.num_programs(0)):
@@ -104,8 +109,8 @@ def _loss(
         inside = anchor < anchors
         batch, voxel = (anchor // voxels)[:, None], (anchor % voxels)[:, None]
         wanted = inside[:, None] & (feature < width)
-        unit_a = tl.load(a + batch * a_b + voxel * a_v + feature * a_f, wanted, 0.0).to(tl.float32)
-        unit_b = tl.load(b + batch * b_b + voxel * b_v + feature * b_f, wanted, 0.0).to(tl.float32)
+        unit_a = tl.load(a + batch * a_b + voxel * a_v + far * a_f, wanted, 0.0).to(tl.float32)
+        unit_b = tl.load(b + batch * b_b + voxel * b_v + far * b_f, wanted, 0.0).to(tl.float32)
         unit_a, divisor_a, free_a = _unit(unit_a, epsilon)
         unit_b, divisor_b, free_b = _unit(unit_b, epsilon)
         positive = tl.sum(unit_a * unit_b, 1) / temperature
@@ -141,8 +146,8 @@ def _loss(
             to_b += slope[:, None] * unit_a
             to_a = _through_unit(to_a, unit_a, divisor_a, free_a)
             to_b = _through_unit(to_b, unit_b, divisor_b, free_b)
-            tl.store(grad_a + batch * ga_b + voxel * ga_v + feature * ga_f, to_a, wanted)
-            tl.store(grad_b + batch * gb_b + voxel * gb_v + feature * gb_f, to_b, wanted)
+            tl.store(grad_a + batch * ga_b + voxel * ga_v + far * ga_f, to_a, wanted)
+            tl.store(grad_b + batch * gb_b + voxel * gb_v + far * gb_f, to_b, wanted)
     tl.store(loss + tl.program_id(0), sum_of_losses)
 
 
@@ -154,6 +159,11 @@ def contrastive_loss(
     a: Tensor, b: Tensor, n: Tensor, logits_a: Tensor, logits_n: Tensor,
     k: int, temperature: float, bidirectional: bool, with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.has_channels("a", a)
+    for name, other in (("b", b), ("n", n)):
+        checks.has_shape(name, other, a.shape, "a", a)
+    for name, logits in (("logits_a", logits_a), ("logits_n", logits_n)):
+        checks.has_shape(name, logits, (a.shape[0], logits_a.shape[1], *a.shape[2:]), "a", a)
     grads = [torch.zeros_like(x, dtype=torch.float32) if with_grad else x.new_empty(0, dtype=torch.float32)
              for x in (a, b, n)]
     if not a.numel():

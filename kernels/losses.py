@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import merge
+from spss_fast.kernels.planes import merge, plane
 from torch import Tensor
+
+from spss_fast.ops import checks
 
 BLOCK = 1024
 SMOOTH = 1e-5
@@ -21,17 +23,17 @@ def _softmax(source, stride, inside, CHANNELS: tl.constexpr):
     """Top and sum of exponentials: the softmax is exp(x - top) / sum."""
     top = tl.load(source, inside, 0.0).to(tl.float32)
     for c in range(1, CHANNELS):
-        x = tl.load(source + c * stride, inside, 0.0).to(tl.float32)
+        x = tl.load(plane(source, c, stride), inside, 0.0).to(tl.float32)
         top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
     norm = tl.zeros_like(top)
     for c in range(CHANNELS):
-        norm += tl.exp(tl.load(source + c * stride, inside, 0.0).to(tl.float32) - top)
+        norm += tl.exp(tl.load(plane(source, c, stride), inside, 0.0).to(tl.float32) - top)
     return top, norm
 
 
 @triton.jit
 def _probability(source, c, stride, inside, top, norm):
-    return tl.exp(tl.load(source + c * stride, inside, 0.0).to(tl.float32) - top) / norm
+    return tl.exp(tl.load(plane(source, c, stride), inside, 0.0).to(tl.float32) - top) / norm
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def _forward(
     top, norm = _softmax(source, logits_c, inside, CHANNELS)
     # A label that is no class makes the loss NaN: the host learns of it without waiting.
     is_class = (label >= 0) & (label < CHANNELS)
-    at_label = tl.load(source + label * logits_c, inside & is_class, 0.0).to(tl.float32)
+    at_label = tl.load(plane(source, label, logits_c), inside & is_class, 0.0).to(tl.float32)
     at_label = tl.where(is_class, at_label, float("nan"))
     if ON_PROBABILITIES:
         second = tl.zeros_like(top)
@@ -116,11 +118,19 @@ def _backward(
         result = p * (_slope(p, here, w, tl.exp(p) / second, ce, slopes, c, ON_PROBABILITIES) - mean)
         if not ON_PROBABILITIES:
             result += ce * (p - here)
-        tl.store(target_grad + c * grad_c, result.to(grad.dtype.element_ty), inside)
+        tl.store(plane(target_grad, c, grad_c), result.to(grad.dtype.element_ty), inside)
+
+
+def _check(logits: Tensor, target: Tensor, weight: Tensor, masked: bool) -> None:
+    checks.has_channels("logits", logits)
+    shape = (logits.shape[0], *logits.shape[2:])
+    checks.has_shape("target", target, shape, "logits", logits)
+    checks.has_shape("mask" if masked else "weight", weight, shape, "logits", logits)
 
 
 def _sums(logits: Tensor, target: Tensor, weight: Tensor, on_probabilities: bool, masked: bool):
     """float64: (B, 2) of CE and weight, (C, 4) of Dice."""
+    _check(logits, target, weight, masked)
     source = merge(logits)
     batch, channels, voxels = source.shape
     blocks = triton.cdiv(voxels, BLOCK)
@@ -134,8 +144,10 @@ def _sums(logits: Tensor, target: Tensor, weight: Tensor, on_probabilities: bool
     return total[:, :2], total[:, 2:].sum(0).view(channels, 4)
 
 
-def _unpack(sums: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+def _unpack(grad: Tensor, losses: int, sums: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     batch, channels = logits.shape[:2]
+    checks.has_shape("grad", grad, (losses,), "number of losses", logits)
+    checks.has_shape("sums", sums, (2 * batch + 4 * channels,), "logits", logits)
     return sums[: 2 * batch].view(batch, 2), sums[2 * batch :].view(channels, 4)
 
 
@@ -150,6 +162,7 @@ def _dice_slopes(hit: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradient(logits, target, weight, ce, slopes, on_probabilities: bool, masked: bool) -> Tensor:
+    _check(logits, target, weight, masked)
     source = merge(logits)
     batch, channels, voxels = source.shape
     grad = torch.empty_like(logits)
@@ -172,7 +185,7 @@ def masked_ce_dice(logits: Tensor, target: Tensor, mask: Tensor, on_probabilitie
 
 
 def masked_ce_dice_backward(grad, logits, target, mask, sums, on_probabilities: bool) -> Tensor:
-    volumes, classes = _unpack(sums, logits)
+    volumes, classes = _unpack(grad, 3, sums, logits)
     ce = (grad[0] / volumes[:, 1].sum().clamp(min=1)).expand(len(volumes))
     hit, size = _dice_slopes(classes[:, 0::2], classes[:, 1::2])
     slopes = torch.stack([hit, size], 2) * (grad[1:] / len(classes))[:, None]  # (C, masked or all, hit or size)
@@ -187,7 +200,7 @@ def weighted_ce_dice(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Te
 
 
 def weighted_ce_dice_backward(grad, logits, target, weight, sums) -> Tensor:
-    volumes, classes = _unpack(sums, logits)
+    volumes, classes = _unpack(grad, 2, sums, logits)
     ce = grad[0] / (volumes[:, 1] * len(volumes))
     slopes = torch.zeros_like(classes)
     slopes[1:, 2], slopes[1:, 3] = _dice_slopes(classes[1:, 2], classes[1:, 3])

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import merge, merges
+from spss_fast.kernels.planes import merge, merges, plane
 from torch import Tensor
+
+from spss_fast.ops import checks
 
 BLOCK = 1024
 LEVELS = tl.constexpr(4)  # of 8 bits, of a float32's 32
@@ -30,14 +32,14 @@ def _accumulate(
     target = total + batch * total_b + voxel * total_v
     top = tl.load(source, inside, 0.0).to(tl.float32)
     for c in range(1, CHANNELS):
-        x = tl.load(source + c * logits_c, inside, 0.0).to(tl.float32)
+        x = tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32)
         top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
     norm = tl.zeros_like(top)
     for c in range(CHANNELS):
-        norm += tl.exp(tl.load(source + c * logits_c, inside, 0.0).to(tl.float32) - top)
+        norm += tl.exp(tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32) - top)
     for c in range(CHANNELS):
-        p = tl.exp(tl.load(source + c * logits_c, inside, 0.0).to(tl.float32) - top) / norm
-        at = target + c * total_c
+        p = tl.exp(tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32) - top) / norm
+        at = plane(target, c, total_c)
         tl.store(at, tl.load(at, inside, 0.0) + p, inside)
 
 
@@ -57,9 +59,10 @@ def _entropy(
     voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = voxel < voxels
     batch = tl.program_id(1).to(tl.int64)
+    source = total + batch * total_b + voxel * total_v
     value = tl.zeros([BLOCK], tl.float32)
     for c in range(CHANNELS):
-        p = tl.load(total + batch * total_b + voxel * total_v + c * total_c, inside, 0.0) / passes
+        p = tl.load(plane(source, c, total_c), inside, 0.0) / passes
         value -= p * tl.log(p + EPSILON)
     tl.store(result + batch * voxels + voxel, value, inside)
     bins = tl.histogram((_key(value) >> 24).to(tl.int32), BINS, mask=inside)
@@ -68,14 +71,19 @@ def _entropy(
 
 
 @triton.jit
+def _count(at):
+    return tl.load(at).to(tl.uint32, bitcast=True).to(tl.int64)  # a bin may hold more than an int32
+
+
+@triton.jit
 def _resolve(histogram, missing, keep, count, UP_TO: tl.constexpr):
     """The first UP_TO digits of the keep-th lowest key, and its rank among keys that begin so."""
     bins = tl.arange(0, BINS)
-    left = tl.minimum(tl.load(keep), count - tl.load(missing).to(tl.int64))
+    left = tl.minimum(tl.load(keep), count - _count(missing))
     left = tl.maximum(left, 0)
     prefix = tl.zeros([], tl.uint32)
     for level in tl.static_range(UP_TO):
-        here = tl.load(histogram + level * BINS + bins).to(tl.int64)
+        here = _count(histogram + level * BINS + bins)
         digit = tl.sum((tl.cumsum(here, 0) < left).to(tl.int32), 0)
         left -= tl.sum(tl.where(bins < digit, here, 0), 0)
         prefix = (prefix << 8) | digit.to(tl.uint32)
@@ -116,6 +124,8 @@ def _mask(values, histogram, missing, keep, equals_so_far, mask, count, BLOCK: t
 
 
 def accumulate_softmax(total: Tensor, logits: Tensor) -> None:
+    checks.has_channels("logits", logits)
+    checks.has_shape("total", total, logits.shape, "logits", logits)
     if not logits.numel():
         return
     merged, source = merge(total), merge(logits)
@@ -127,9 +137,12 @@ def accumulate_softmax(total: Tensor, logits: Tensor) -> None:
 
 
 def uncertainty_mask(total: Tensor, passes: int, keep: Tensor) -> tuple[Tensor, Tensor]:
+    checks.has_channels("total", total)
+    checks.has_shape("keep", keep, (), "total", total)
     entropy = total.new_empty((total.shape[0], *total.shape[2:]))
     mask = torch.empty_like(entropy, dtype=torch.bool)
     count = entropy.numel()
+    checks.fits_32_bits("total", count)
     if not count:
         return entropy, mask
     source = merge(total)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spss_fast.ops import checks
+
 BLOCK = 256
 
 
@@ -21,6 +23,11 @@ def _voxels(voxels, height, width, BLOCK: tl.constexpr):
     voxel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x, y, z = voxel % width, voxel // width % height, voxel // (width * height)
     return batch, voxel, z, y, x, voxel < voxels
+
+
+@triton.jit
+def _last(side, dtype: tl.constexpr):
+    return tl.cast(side - 1, dtype)  # not .to(): a side of 1, which 2-D images have, is a constant
 
 
 @triton.jit
@@ -83,7 +90,7 @@ def _positions(shift, axis_stride, strides_z, strides_y, strides_x, z, y, x, mas
     else:
         pz = z + tl.load(at, mask, 0.0)
         py = tl.load(at + axis_stride, mask, 0.0)
-        px = tl.load(at + 2 * axis_stride, mask, 0.0)
+        px = tl.load(at + axis_stride + axis_stride, mask, 0.0)  # twice the stride may not fit into 32 bits
     return pz, y + py, x + px
 
 
@@ -95,7 +102,7 @@ def _forward(
 ):
     batch, voxel, z, y, x, mask = _voxels(voxels, height, width, BLOCK)
     pz, py, px = _positions(shift + batch * shift_b, shift_c, shift_z, shift_y, shift_x, z, y, x, mask, PLANAR)
-    lz, ly, lx = (depth - 1).to(pz.dtype), (height - 1).to(pz.dtype), (width - 1).to(pz.dtype)
+    lz, ly, lx = _last(depth, pz.dtype), _last(height, pz.dtype), _last(width, pz.dtype)
     if NEAREST:
         nz, inside_z = _nearest(pz, lz, image_z, BORDER)
         ny, inside_y = _nearest(py, ly, image_y, BORDER)
@@ -133,7 +140,7 @@ def _backward(
     """``image_grad`` is contiguous: of the accumulation dtype, or int64 in units of ``1 / scale`` if FIXED."""
     batch, voxel, z, y, x, mask = _voxels(voxels, height, width, BLOCK)
     pz, py, px = _positions(shift + batch * shift_b, shift_c, shift_z, shift_y, shift_x, z, y, x, mask, PLANAR)
-    lz, ly, lx = (depth - 1).to(pz.dtype), (height - 1).to(pz.dtype), (width - 1).to(pz.dtype)
+    lz, ly, lx = _last(depth, pz.dtype), _last(height, pz.dtype), _last(width, pz.dtype)
     if IMAGE:  # in units of voxels, as the gradient is contiguous
         if NEAREST:
             nz, inside_z = _nearest(pz, lz, height * width, BORDER)
@@ -196,6 +203,8 @@ def _backward(
 
 def _geometry(image: Tensor, displacement: Tensor) -> tuple[list[int], bool]:
     """Channels, voxels, sides and strides as the kernels take them, and whether the image is 2-D."""
+    wanted = (image.shape[0], image.ndim - 2, *image.shape[2:])
+    checks.has_shape("displacement", displacement, wanted, "image", image)
     planar = image.ndim == 4
     sides = [1] * planar + list(image.shape[2:])
 
@@ -211,9 +220,9 @@ def _grid(image: Tensor, voxels: int) -> tuple[int]:
 
 
 def warp(image: Tensor, displacement: Tensor, mode: str, padding: str) -> Tensor:
+    numbers, planar = _geometry(image, displacement)
     out = torch.empty(image.shape, dtype=image.dtype, device=image.device)
     if out.numel():
-        numbers, planar = _geometry(image, displacement)
         _forward[_grid(image, numbers[1])](
             image, displacement, out, *numbers,
             PLANAR=planar, NEAREST=mode == "nearest", BORDER=padding == "border", BLOCK=BLOCK,
@@ -230,6 +239,8 @@ def warp_backward(
     grad: Tensor, image: Tensor, displacement: Tensor, mode: str, padding: str,
     image_grad: bool, displacement_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    checks.has_shape("grad", grad, image.shape, "image", image)
+    numbers, planar = _geometry(image, displacement)
     grad = grad.contiguous()
     fixed = image_grad and torch.are_deterministic_algorithms_enabled()
     for_image = torch.zeros(
@@ -240,7 +251,6 @@ def warp_backward(
     )
     scale = for_displacement
     if grad.numel():
-        numbers, planar = _geometry(image, displacement)
         if fixed:
             scale = fixed_point_scale(grad, numbers[1])
         _backward[_grid(image, numbers[1])](

@@ -7,6 +7,7 @@
 
 #include <numeric>
 
+#include "checks.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -66,6 +67,7 @@ void confidences(const Planes& logits, float* confidence, int32_t* predicted) {
 }
 
 std::tuple<at::Tensor, at::Tensor> select_prototypes(const at::Tensor& logits, int64_t k) {
+  check_select_prototypes(logits, k);
   const Planes in = planes(logits);
   const int64_t channels = in.channels, voxels = in.batch * in.voxels;
   at::Tensor indices = at::full({channels, k}, -1, logits.options().dtype(at::kLong));
@@ -339,6 +341,7 @@ struct Loss {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(
     const at::Tensor& a, const at::Tensor& b, const at::Tensor& n, const at::Tensor& logits_a,
     const at::Tensor& logits_n, int64_t k, double temperature, bool bidirectional, bool with_grad) {
+  check_contrastive_loss(a, b, n, logits_a, logits_n, k, temperature);
   const auto options = a.options().dtype(compute_type(a));
   const auto gradient = [&](const at::Tensor& x) {
     return with_grad ? at::zeros_like(x, options) : at::empty({0}, options);

@@ -6,6 +6,7 @@
 
 #include <atomic>
 
+#include "checks.h"
 #include "cpu/memory.h"
 #include "cpu/planes.h"
 
@@ -210,6 +211,7 @@ at::Tensor backward(const at::Tensor& logits, const at::Tensor& target, const at
 // sums of masked_ce_dice: (B, 2), then (C, 4). CE runs over the mask of the whole batch.
 std::tuple<at::Tensor, at::Tensor> masked_ce_dice(const at::Tensor& logits, const at::Tensor& target,
                                                   const at::Tensor& mask, bool on_probabilities) {
+  check_ce_dice(logits, target, mask, true);
   const at::Tensor sums = forward<true, bool>(logits, target, mask, on_probabilities);
   const int64_t batch = logits.size(0), channels = logits.size(1);
   const double* s = sums.data_ptr<double>();
@@ -225,6 +227,7 @@ std::tuple<at::Tensor, at::Tensor> masked_ce_dice(const at::Tensor& logits, cons
 
 at::Tensor masked_ce_dice_backward(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& target,
                                    const at::Tensor& mask, const at::Tensor& sums, bool on_probabilities) {
+  check_ce_dice_backward(grad, logits, target, mask, sums, true);
   const at::Tensor g = grad.to(at::kDouble).contiguous();
   const double *upstream = g.data_ptr<double>(), *s = sums.data_ptr<double>();
   const int64_t batch = logits.size(0), channels = logits.size(1);
@@ -248,6 +251,7 @@ auto with_weight_type(const at::Tensor& logits, const at::Tensor& weight, Body b
 
 std::tuple<at::Tensor, at::Tensor> weighted_ce_dice(const at::Tensor& logits, const at::Tensor& target,
                                                     const at::Tensor& weight) {
+  check_ce_dice(logits, target, weight, false);
   const at::Tensor sums = with_weight_type(logits, weight, [&](const at::Tensor& w, auto kind) {
     return forward<false, decltype(kind)>(logits, target, w, false);
   });
@@ -261,6 +265,7 @@ std::tuple<at::Tensor, at::Tensor> weighted_ce_dice(const at::Tensor& logits, co
 
 at::Tensor weighted_ce_dice_backward(const at::Tensor& grad, const at::Tensor& logits, const at::Tensor& target,
                                      const at::Tensor& weight, const at::Tensor& sums) {
+  check_ce_dice_backward(grad, logits, target, weight, sums, false);
   const at::Tensor g = grad.to(at::kDouble).contiguous();
   const double *upstream = g.data_ptr<double>(), *s = sums.data_ptr<double>();
   const int64_t batch = logits.size(0), channels = logits.size(1);

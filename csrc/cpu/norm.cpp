@@ -9,6 +9,7 @@
 #include <bit>
 #include <cmath>
 
+#include "checks.h"
 #include "cpu/memory.h"
 #include "cpu/planes.h"
 
@@ -210,19 +211,11 @@ at::MemoryFormat format_of(const at::Tensor& x) {
   return x.dim() >= 4 && x.dim() <= 5 && x.is_contiguous(last) ? last : at::MemoryFormat::Contiguous;
 }
 
-void check(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
-  TORCH_CHECK_VALUE(x.dim() >= 2 && x.size(1) > 0, "x must be (B, C, *spatial) with C >= 1, not ", x.sizes());
-  for (const auto& t : {weight, bias})
-    TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1), "weight and bias must be (C,), not ", t.sizes());
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
     const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& added, const std::optional<at::Tensor>& mean_,
     const std::optional<at::Tensor>& variance_, double eps) {
-  check(input, weight, bias);
-  TORCH_CHECK_VALUE(!added || (added->sizes() == input.sizes() && added->scalar_type() == input.scalar_type()),
-                    "skip must be of x's shape and dtype");
+  check_batch_norm_relu(input, weight, bias, added, mean_, variance_);
   const auto format = format_of(input);
   const at::Tensor x = input.contiguous(format);
   const at::Tensor skip = added ? added->contiguous(format) : at::Tensor();
@@ -256,7 +249,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
     const at::Tensor& grad_, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
     const at::Tensor& mean, const at::Tensor& variance, double eps, bool batch_statistics) {
-  check(input, weight, bias);
+  check_batch_norm_relu(input, weight, bias, {}, mean, variance);
   TORCH_CHECK_VALUE(grad_.sizes() == input.sizes() && grad_.scalar_type() == input.scalar_type(),
                     "grad must be of x's shape and dtype");
   const auto format = format_of(input);

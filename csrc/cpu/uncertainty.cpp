@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstring>
 
+#include "checks.h"
 #include "cpu/memory.h"
 #include "cpu/planes.h"
 
@@ -47,6 +48,7 @@ void accumulate(const Planes& total, const Planes& logits) {
 }
 
 void accumulate_softmax(at::Tensor& total, const at::Tensor& logits) {
+  check_accumulate_softmax(total, logits);
   if (logits.numel() == 0) return;
   const Planes in = planes(logits);
   write_planes(total, [&](const Planes& sum) {
@@ -167,6 +169,7 @@ void select_lowest(const T* values, int64_t count, const Histogram& top, int64_t
 }
 
 std::tuple<at::Tensor, at::Tensor> uncertainty_mask(const at::Tensor& total, int64_t passes, const at::Tensor& keep) {
+  check_uncertainty_mask(total, passes, keep);
   auto shape = total.sizes().vec();
   shape.erase(shape.begin() + 1);
   at::Tensor result = with_huge_pages(at::empty(shape, total.options()));

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <cmath>
 #include <cstdio>
 #include <string>
 #include <tuple>
@@ -29,6 +30,15 @@ using WarpBackward = std::tuple<Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, c10::string_view, c10::string_view, bool, bool);
 using Propagate =
     Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, int64_t, int64_t, int64_t);
+
+using AccumulateSoftmax = void(Tensor&, const Tensor&);
+using UncertaintyMask = std::tuple<Tensor, Tensor>(const Tensor&, int64_t, const Tensor&);
+using ContrastiveLoss = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, double, bool, bool);
+using MaskedCeDice = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool);
+using WeightedCeDice = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&);
+
+bool near(const Tensor& value, double expected) { return std::abs(value.item<double>() - expected) < 1e-4; }
 
 void test_warp(const at::Device& device) {
   const auto warp = find<Warp>("spss_fast::warp");
@@ -72,9 +82,44 @@ void test_propagate(const at::Device& device) {
   expect(out.select(3, 3).sum().item<int64_t>() == 32, "and is then stable");
 }
 
+void test_uncertainty() {
+  const Tensor logits = at::zeros({1, 2, 4});
+  logits.select(1, 0).copy_(at::tensor({0.f, 3.f, 1.f, 2.f}));  // the larger, the more certain
+  Tensor total = at::zeros_like(logits);
+  find<AccumulateSoftmax>("spss_fast::accumulate_softmax").call(total, logits);
+  expect(at::allclose(total, logits.softmax(1)), "softmax is added to the total");
+  const auto [entropy, mask] =
+      find<UncertaintyMask>("spss_fast::uncertainty_mask").call(total, 1, at::full({}, 2, at::kLong));
+  expect(near(entropy.select(1, 0), std::log(2.0)), "the entropy of two equal chances is log 2");
+  expect(at::equal(mask, at::tensor({0, 1, 0, 1}).to(at::kBool).view({1, 4})), "the two most certain voxels are kept");
+}
+
+void test_losses() {
+  const Tensor logits = at::zeros({1, 2, 4}), target = at::tensor({0, 1, 0, 1}, at::kLong).view({1, 4});
+  const auto [masked, sums] = find<MaskedCeDice>("spss_fast::masked_ce_dice")
+                                  .call(logits, target, at::ones({1, 4}, at::kBool), false);
+  const auto [weighted, others] =
+      find<WeightedCeDice>("spss_fast::weighted_ce_dice").call(logits, target, at::ones({1, 4}));
+  expect(near(masked[0], std::log(2.0)) && near(weighted[0], std::log(2.0)), "the cross entropy of no idea is log 2");
+  for (const Tensor& dice : {masked[1], masked[2], weighted[1]}) expect(near(dice, 1.0 / 3), "its Dice is two thirds");
+}
+
+void test_contrastive() {
+  // Anchors equal to their positives and at right angles to the one negative of their class.
+  const Tensor along = at::tensor({1.f, 0.f}).view({1, 2, 1}).expand({1, 2, 3});
+  const Tensor across = at::tensor({0.f, 5.f}).view({1, 2, 1}).expand({1, 2, 3});
+  const auto [loss, to_a, to_b, to_n] = find<ContrastiveLoss>("spss_fast::contrastive_loss")
+                                            .call(along, along, across, along, across, 1, 1.0, true, true);
+  expect(near(loss, 2 * std::log1p(std::exp(-1.0))), "both directions of the contrastive loss");
+  expect(near(to_n.select(2, 1).abs().sum(), 0) && !near(to_n.select(2, 0).abs().sum(), 0), "one prototype is pushed");
+}
+
 }  // namespace
 
 int main() {
+  test_uncertainty();
+  test_losses();
+  test_contrastive();
   test_warp(at::kCPU);
   test_propagate(at::kCPU);
   if (at::hasCUDA()) {

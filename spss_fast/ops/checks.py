@@ -30,6 +30,18 @@ def has_shape(name: str, value: Tensor, shape: tuple[int, ...], source: str, lik
         raise ValueError(f"{name} is on {value.device}, but {source} on {like.device}")
 
 
+def is_number(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+
+
+def fits_32_bits(name: str, voxels: int) -> None:
+    """ValueError where a selection among so many voxels would count beyond 32 bits."""
+    if voxels >= 2**32:
+        raise ValueError(f"{name} must hold fewer than 2**32 voxels, not {voxels}")
+
+
 def is_count(name: str, value: object, least: int) -> None:
     """TypeError unless ``value`` is an integer, ValueError where it is below ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

@@ -106,7 +106,7 @@ def contrastive_loss(
         sweep, where any is needed, and are once differentiable. Deterministic.
 
     Raises:
-        TypeError: an argument is no floating tensor, or ``k`` no integer.
+        TypeError: an argument is no floating tensor, ``k`` no integer, or ``temperature`` no number.
         ValueError: shapes or devices differ, ``k`` < 0, or ``temperature`` <= 0.
     """
     for name, tensor in (("a", a), ("b", b), ("n", n), ("logits_a", logits_a), ("logits_n", logits_n)):
@@ -117,6 +117,7 @@ def contrastive_loss(
     checks.has_shape("logits_a", logits_a, (a.shape[0], logits_a.shape[1], *a.shape[2:]), "a", a)
     checks.has_shape("logits_n", logits_n, logits_a.shape, "logits_a", logits_a)
     checks.is_count("k", k, 0)
+    checks.is_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, not {temperature}")
     logits_a, logits_n = logits_a.detach(), logits_n.detach()

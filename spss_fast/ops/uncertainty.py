@@ -78,7 +78,8 @@ def uncertainty_mask(total: Tensor, passes: int, keep: int | Tensor) -> tuple[Te
 
     Raises:
         TypeError: ``total`` is not float32 or float64, ``passes`` no integer, ``keep`` neither int nor int64 tensor.
-        ValueError: ``passes`` < 1, ``keep`` < 0, ``keep`` has dimensions, or ``total`` has no spatial axis.
+        ValueError: ``passes`` < 1, ``keep`` < 0, ``keep`` has dimensions, or ``total`` has no spatial axis or 2^32
+            voxels or more.
     """
     checks.is_tensor("total", total, torch.float32, torch.float64)
     checks.has_channels("total", total)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spss_fast.ops import backends
+from spss_fast.ops import backends, checks
 
 MODES = ("bilinear", "nearest")
 PADDINGS = ("zeros", "border")
@@ -52,18 +52,16 @@ def reference(image: Tensor, displacement: Tensor, mode: str = "bilinear", paddi
 
 
 def _check(image: Tensor, displacement: Tensor, mode: str, padding: str) -> None:
-    for name, tensor in (("image", image), ("displacement", displacement)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype, not {tensor.dtype}")
+    checks.is_tensor("image", image)
+    checks.is_tensor("displacement", displacement)
     if image.ndim not in (4, 5):
         raise ValueError(f"image must be (B, C, H, W) or (B, C, H, W, D), not of shape {tuple(image.shape)}")
     wanted = (image.shape[0], image.ndim - 2, *image.shape[2:])
-    if tuple(displacement.shape) != wanted:
-        raise ValueError(f"displacement must be of shape {wanted} for this image, not {tuple(displacement.shape)}")
-    if displacement.device != image.device:
-        raise ValueError(f"displacement is on {displacement.device}, but image on {image.device}")
+    checks.has_shape("displacement", displacement, wanted, "image", image)
+    _check_settings(mode, padding)
+
+
+def _check_settings(mode: str, padding: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     if padding not in PADDINGS:
@@ -147,10 +145,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, mode: str = "bilinear", padding: str = "zeros") -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
-        if padding not in PADDINGS:
-            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, not {padding!r}")
+        _check_settings(mode, padding)
         self.mode, self.padding = mode, padding
 
     def forward(self, moving: Tensor, displacement: Tensor) -> Tensor:
@@ -167,11 +162,16 @@ def integrate(velocity: Tensor, steps: int = 7) -> Tensor:
     ``u = v / 2^steps``, then ``steps`` times ``u(p) <- u(p) + u(p + u(p))``: Arsigny et al., MICCAI 2006, as in
     VoxelMorph's diffeomorphic networks (Dalca et al., MedIA 2019). ``velocity`` (B, nd, *spatial) in voxels; the result
     has its shape and is float32 (float64 for float64). Displacements outside the volume are those of its border.
-    Differentiable. Raises ValueError for negative ``steps`` and what :func:`warp` raises.
+    Differentiable.
+
+    Raises:
+        TypeError: ``velocity`` is no floating tensor, or ``steps`` no integer.
+        ValueError: ``velocity`` is of another shape, or ``steps`` < 0.
     """
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"steps must be a non-negative integer, not {steps!r}")
-    _check(velocity, velocity, "bilinear", "border")
+    checks.is_tensor("velocity", velocity)
+    if velocity.ndim not in (4, 5) or velocity.shape[1] != velocity.ndim - 2:
+        raise ValueError(f"velocity must be (B, 2, H, W) or (B, 3, H, W, D), not of shape {tuple(velocity.shape)}")
+    checks.is_count("steps", steps, 0)
     displacement = velocity.to(torch.float64 if velocity.dtype == torch.float64 else torch.float32) / 2**steps
     for _ in range(steps):
         displacement = displacement + warp(displacement, displacement, padding="border")

@@ -1,7 +1,9 @@
-"""Compiles every Triton kernel to machine code for sm_80 and sm_90, no GPU needed: run by test_triton_compiles.py.
+"""Compiles every Triton kernel to machine code for the sm_* given, no GPU needed: run by test_triton_compiles.py.
 
 Each launch is replaced by a compilation for its arguments' types; the results of the launchers are garbage.
 """
+
+import sys
 
 import torch
 import triton
@@ -12,7 +14,7 @@ POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
 }
-ARCHITECTURES = (80, 90)
+ARCHITECTURE = int(sys.argv[1])
 compiled = set()
 
 
@@ -22,19 +24,23 @@ def type_of(value):
     return "fp32" if isinstance(value, float) else "i32"
 
 
+def is_one(value):
+    return type(value) is int and value == 1
+
+
 def compile_instead(kernel, *arguments, grid, warmup, **named):
     values = dict(zip(kernel.arg_names, arguments)) | named
-    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr}
+    # As on a launch: an integer argument of 1 is made a constant, which has fewer methods than a number of the kernel.
+    constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr or is_one(values[p.name])}
     signature = {name: "constexpr" if name in constants else type_of(values[name]) for name in kernel.arg_names}
     places = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
-    for architecture in ARCHITECTURES:
-        key = f"{kernel.__module__}.{kernel.__name__} {architecture} {signature} {constants}"
-        if key in compiled:
-            continue
-        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=places)
-        code = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-        assert len(code.asm["cubin"]) > 0
-        compiled.add(key)
+    key = f"{kernel.__module__}.{kernel.__name__} {signature} {constants}"
+    if key in compiled:
+        return
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=places)
+    code = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32))
+    assert len(code.asm["cubin"]) > 0
+    compiled.add(key)
 
 
 def any_prototypes(logits, k):
@@ -45,10 +51,11 @@ def main():
     JITFunction.run = compile_instead
     from spss_fast.kernels import contrastive, losses, uncertainty, warp
 
-    for dtype in (torch.float32, torch.bfloat16):
-        logits, features = torch.zeros(2, 2, 6, 6, 6, dtype=dtype), torch.zeros(2, 64, 6, 6, 6, dtype=dtype)
-        total = torch.zeros(2, 2, 6, 6, 6)
-        target, mask = torch.zeros(2, 6, 6, 6, dtype=torch.long), torch.zeros(2, 6, 6, 6, dtype=torch.bool)
+    # The last is one voxel, so that every number that can be 1 is.
+    for dtype, voxels in ((torch.float32, (2, 6, 6, 6)), (torch.bfloat16, (2, 6, 6, 6)), (torch.float32, (1, 1))):
+        logits, features = (torch.zeros(voxels[0], c, *voxels[1:], dtype=dtype) for c in (2, 64))
+        total = torch.zeros(logits.shape)
+        target, mask = torch.zeros(voxels, dtype=torch.long), torch.zeros(voxels, dtype=torch.bool)
         uncertainty.accumulate_softmax(total, logits)
         for on_probabilities in (True, False):
             result, sums = losses.masked_ce_dice(logits, target, mask, on_probabilities)
@@ -63,12 +70,13 @@ def main():
                 features, features, features, logits, logits, 50, 0.07, both_and_grad, both_and_grad
             )
         contrastive.select_prototypes = select
-    image, shift = torch.zeros(2, 2, 6, 6, 6), torch.zeros(2, 3, 6, 6, 6)
-    for mode, padding in (("bilinear", "zeros"), ("nearest", "border")):
-        warp.warp(image, shift, mode, padding)
-        warp.warp_backward(image, image, shift, mode, padding, True, mode == "bilinear")
-    uncertainty.uncertainty_mask(total, 8, torch.tensor(4))
-    kernels = sorted({key.split(" {")[0] for key in compiled})
+        uncertainty.uncertainty_mask(total, 8 if voxels[0] > 1 else 1, torch.tensor(4))
+    for channels, sides in ((2, (6, 6, 6)), (2, (6, 6)), (1, (1, 1, 1))):
+        image, shift = torch.zeros(2, channels, *sides), torch.zeros(2, len(sides), *sides)
+        for mode, padding in (("bilinear", "zeros"), ("nearest", "border")):
+            warp.warp(image, shift, mode, padding)
+            warp.warp_backward(image, image, shift, mode, padding, True, mode == "bilinear")
+    kernels = sorted({key.split()[0] for key in compiled})
     print(*kernels, sep="\n")
 
 

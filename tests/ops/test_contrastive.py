@@ -201,11 +201,26 @@ X, L = torch.zeros(1, 4, 3, 3), torch.zeros(1, 2, 3, 3)
     ((X, X, X, L, L, -1), ValueError, "k"),
     ((X, X, X, L, L, 2.0), TypeError, "k"),
     ((X, X, X, L, L, 2, 0.0), ValueError, "temperature"),
+    ((X, X, X, L, L, 2, float("nan")), ValueError, "temperature"),
+    ((X, X, X, L, L, 2, "0.07"), TypeError, "temperature"),
+    ((X, X.to("meta"), X, L, L), ValueError, "b"),
+    ((X, X, X, L, L.to("meta")), ValueError, "logits_n"),
     ((X[0, 0], X, X, L, L), ValueError, "a"),
 ])
 def test_errors(arguments, error, name):
     with pytest.raises(error, match=rf"^{name} "):
         contrastive_loss(*arguments)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 5, 20])
+def test_any_number_of_classes(classes):
+    features, logits = case(8, classes=classes)
+    loss, grads = gradients(features, *logits, 6)
+    with backend("reference"):
+        expected, of_expected = gradients(features, *logits, 6)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    for grad, e in zip(grads, of_expected):
+        torch.testing.assert_close(grad, e, rtol=1e-4, atol=1e-6)
 
 
 def test_select_errors():

@@ -170,6 +170,8 @@ X, T, M = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.long), torch
     ((X, T, M.float()), TypeError, "mask"),
     ((X, T, M[:, :2]), ValueError, "mask"),
     ((X, T, M, "softmax"), ValueError, "ce_input"),
+    ((X, T.to("meta"), M), ValueError, "target"),
+    ((X, T, M.to("meta")), ValueError, "mask"),
 ])
 def test_masked_errors(arguments, error, name):
     with pytest.raises(error, match=rf"^{name} "):
@@ -181,6 +183,7 @@ def test_masked_errors(arguments, error, name):
     ((X, T, M[:, :2].float()), ValueError, "weight"),
     ((X[:, :1], T, M.float()), ValueError, "logits"),
     ((X, None, M.float()), TypeError, "target"),
+    ((X, T, M.float().to("meta")), ValueError, "weight"),
 ])
 def test_weighted_errors(arguments, error, name):
     with pytest.raises(error, match=rf"^{name} "):

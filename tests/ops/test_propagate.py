@@ -120,6 +120,8 @@ FLOW = torch.zeros(2, 3, 2, 4, 5)
     ({"labels": LABELS.float()}, TypeError),
     ({"labels": LABELS[0]}, ValueError),
     ({"index": INDEX.int()}, TypeError),
+    ({"index": INDEX.to("meta")}, ValueError),
+    ({"flow_up": FLOW.to("meta")}, ValueError),
     ({"index": INDEX[:1]}, ValueError),
     ({"index": INDEX + 4}, ValueError),
     ({"index": INDEX - 1}, ValueError),

@@ -172,6 +172,7 @@ def test_autocast_leaves_float32():
     ((torch.zeros(1, 2, 3), torch.zeros(1, 2, 3).double()), TypeError, "total"),
     ((torch.zeros(1, 2, 4), torch.zeros(1, 2, 3)), ValueError, "total"),
     ((torch.zeros(1, 2), torch.zeros(1, 2)), ValueError, "logits"),
+    ((torch.zeros(1, 2, 3, device="meta"), torch.zeros(1, 2, 3)), ValueError, "total"),
     ((torch.zeros(1, 0, 2), torch.zeros(1, 0, 2)), ValueError, "logits"),
 ])
 def test_accumulate_errors(arguments, error, name):

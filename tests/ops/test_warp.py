@@ -185,8 +185,13 @@ def test_wrong_settings_are_named():
         SpatialTransformer("cubic")
     with pytest.raises(ValueError, match=r"^padding "):
         SpatialTransformer(padding="reflect")
-    with pytest.raises(ValueError, match=r"^steps "):
-        integrate(SHIFT, -1)
+    for velocity, steps, error, name in (
+        (SHIFT, -1, ValueError, "steps"), (SHIFT, 2.0, TypeError, "steps"), (None, 3, TypeError, "velocity"),
+        (SHIFT.long(), 3, TypeError, "velocity"), (IMAGE, 3, ValueError, "velocity"),
+        (SHIFT[0], 3, ValueError, "velocity"),
+    ):
+        with pytest.raises(error, match=rf"^{name} "):
+            integrate(velocity, steps)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled extension is not built")

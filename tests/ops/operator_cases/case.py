@@ -46,8 +46,23 @@ def arrange(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-def differentiate(case: Case, inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs, and the gradients of the floating inputs for a fixed upstream gradient."""
+def spread(tensor: Tensor, axis: int) -> Tensor:
+    """The same values so far apart along an axis that the last one's offset does not fit into 32 bits.
+
+    The memory between them is never touched, so on a CPU it costs addresses only.
+    """
+    size, rest = tensor.shape[axis], tensor.select(axis, 0)
+    stride = 2**31 // (size - 1) + 1
+    strides = [*torch.empty(rest.shape).stride()]
+    strides.insert(axis, stride)
+    numbers = (size - 1) * stride + rest.numel()
+    return tensor.new_empty(numbers).as_strided(tensor.shape, strides).copy_(tensor)
+
+
+def differentiate(
+    case: Case, inputs: list[Tensor], layout: str = "contiguous"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs, and the gradients of the floating inputs for a fixed upstream gradient of a layout."""
     leaves = [tensor.detach().requires_grad_(case.gradients and tensor.is_floating_point()) for tensor in inputs]
     outputs = case.call(*leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -56,6 +71,7 @@ def differentiate(case: Case, inputs: list[Tensor]) -> tuple[list[Tensor], list[
         return outputs, []
     generator = torch.Generator().manual_seed(7)
     upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in loss]
+    upstream = [arrange(u, layout) for u in upstream]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     gradients = torch.autograd.grad(loss, wanted, upstream, allow_unused=True)
     return outputs, [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, gradients)]

@@ -1,0 +1,49 @@
+"""What the benchmarks' report makes of its rows: ratios, bandwidth, growth, files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    import harness
+
+    return harness
+
+
+def rows(harness, power: float):
+    """Ours at four sizes, whose fastest call grows with a power of the elements, and a peer at the largest."""
+    sizes = (1000, 2000, 4000, 8000)
+    ours = [harness.Row("warp", "forward", str(n), "spss_fast", elements=n, bytes=12 * n, median=2e-6 * n,
+                        fastest=1e-6 * n**power, iqr=1e-6, rounds=5) for n in sizes]
+    return [*ours, harness.Row("warp", "forward", "8000", "monai", 8000, 96000, 0.2, 0.1, 0.01, 5)]
+
+
+def test_table_has_ratio_and_share_of_the_bandwidth(harness):
+    header, ours, peer, *smaller = harness.table(rows(harness, 1), bandwidth=12e6)
+    ours, peer = dict(zip(header, ours)), dict(zip(header, peer))
+    assert (ours["size"], ours["median"], ours["fastest"]) == ("8000", "16.000 ms", "8.000 ms")
+    assert ours["ours is faster by"] == "" and ours["of copy bandwidth"] == "50%"
+    assert peer["provider"] == "monai" and peer["ours is faster by"] == "12.5x" and peer["of copy bandwidth"] == "4%"
+    assert [line[2] for line in smaller] == ["4000", "2000", "1000"]
+
+
+@pytest.mark.parametrize("power, exponent, smallest", [
+    (1, "elements^1.00", "1000: 1.00"), (2, "elements^2.00", "1000: 0.12"),
+])
+def test_growth(harness, power, exponent, smallest):
+    _, (operator, case, grows, relative) = harness.growth(rows(harness, power))
+    assert (operator, case, grows) == ("warp", "forward", exponent)
+    assert relative.startswith(smallest + ", ") and relative.endswith("8000: 1.00")
+    assert harness.growth(rows(harness, power)[2:]) == []
+
+
+def test_files(harness, tmp_path):
+    written = harness.write(rows(harness, 1), "cpu", 12e6, tmp_path / "results")
+    assert [path.name for path in written] == ["warp-cpu.json", "warp-cpu.md", "warp-cpu.png"]
+    body = json.loads(written[0].read_text())
+    assert body["copy_bandwidth"] == 12e6 and len(body["rows"]) == 5 and body["rows"][-1]["fastest"] == 0.1
+    assert "elements^1.00" in written[1].read_text() and written[2].stat().st_size > 1000
