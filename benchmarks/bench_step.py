@@ -22,7 +22,6 @@ from spss_fast.ops import backend
 
 PRESETS = {"LA": {}, "LA --downsample 2 --filters 8": {"downsample": 2, "filters": 8}}
 PROVIDERS = ("spss_fast", "straightforward")
-ROUNDS = 3  # a step takes seconds to minutes on a CPU, and varies little
 
 
 def settings(preset: str, **changes) -> Config:
@@ -78,7 +77,7 @@ def check_that_both_compute_the_same(device: str) -> None:
 def bench_iteration(measure, device, preset, provider):
     check_that_both_compute_the_same(device)
     config = settings(preset)
-    measure(iteration(provider, config, device), rounds=ROUNDS, operator="step", case="iteration", size=preset,
+    measure(iteration(provider, config, device), operator="step", case="iteration", size=preset,
             provider=provider, elements=data(config.data.patch).image.numel(), bytes=0)
 
 
@@ -94,7 +93,7 @@ def bench_registration(measure, device, preset, provider):
         with backend("reference") if provider == "straightforward" else contextlib.nullcontext():
             return registration_steps(state.registration, state.adam, volumes, None, config.registration, state.amp)
 
-    measure(run, rounds=ROUNDS, operator="step", case="10 registration steps", size=preset, provider=provider,
+    measure(run, operator="step", case="10 registration steps", size=preset, provider=provider,
             elements=volumes.numel(), bytes=0)
 
 
@@ -123,9 +122,9 @@ def bench_network(measure, device, provider):
 
     if provider == "plain eager float32":
         with backend("reference"):
-            measure(run, rounds=ROUNDS, **about(shape, provider))
+            measure(run, **about(shape, provider))
     else:
-        measure(run, rounds=ROUNDS, **about(shape, provider))
+        measure(run, **about(shape, provider))
 
 
 def about(shape: tuple[int, ...], provider: str) -> dict:
