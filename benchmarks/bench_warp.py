@@ -14,7 +14,8 @@ from spss_fast.ops.backends import active, available
 
 MAIN = (4, 1, 112, 112, 80)
 LARGE = (8, 2, 256, 256, 256)  # GPU only
-GROWING = [(4, 1, 56, 56, 80), (4, 1, 56, 112, 80), MAIN, (4, 1, 112, 112, 160)]  # all larger than usual L2 caches
+# all larger than the caches of today's CPUs: below that, cost grows faster than voxels until they are full
+GROWING = [MAIN, (4, 1, 112, 112, 160), (8, 1, 112, 112, 160), (16, 1, 112, 112, 160)]
 CASES = {"forward": (False, False), "forward + backward": (False, True), "forward + both backward": (True, True)}
 
 
