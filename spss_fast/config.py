@@ -190,7 +190,7 @@ def _scaled(config: Config) -> None:
 
     Lengths in voxels shrink by the factor; a patch side is rounded up to a multiple of 16, which the V-Net's four
     halvings need. There are factor^3 fewer voxels to learn, so the joint schedule is shorter, with its learning-rate
-    steps and its ramps, by that and half as much again: longer ones go on to learn the labels' noise. It takes a higher
+    steps and its ramps, by that and half as much again (longer ones were measured to be no better). It takes a higher
     learning rate and less dropout to get there. Two paces are left as they are: lambda and the teacher's weight in the
     fused labels, because they hand over to a teacher that has to have learnt first.
     """

@@ -42,10 +42,15 @@ class Segments {
     return {run * run_ + begin, std::min(size_, run_ - begin), last_ ? 0 : run % channels};
   }
 
-  // Per-channel numbers laid out as the segment's pattern.
+  // Per-channel numbers laid out as the segment's pattern, one row after the other, then `zeros` rows of 0.
   template <class T>
-  void lay_out(const Segment& segment, const std::vector<T>& values, T* out) const {
-    for (int64_t i = 0; i < pattern; ++i) out[i] = values[last_ ? i % channels : segment.channel];
+  std::vector<T> lay_out(const Segment& segment, std::initializer_list<const std::vector<T>*> rows,
+                         int64_t zeros = 0) const {
+    std::vector<T> out((rows.size() + zeros) * pattern);
+    T* to = out.data();
+    for (const std::vector<T>* values : rows)
+      for (int64_t i = 0; i < pattern; ++i) *to++ = (*values)[last_ ? i % channels : segment.channel];
+    return out;
   }
 
   template <class T>
@@ -125,6 +130,12 @@ SPSS_MULTIARCH void scale_relu(const scalar_t* x, const scalar_t* skip, int64_t 
   }
 }
 
+// What of a gradient gets through the ReLU.
+template <class T>
+SPSS_HD T behind_relu(T value, T scale, T shift, T grad) {
+  return value * scale + shift > 0 ? grad : T(0);
+}
+
 // Sums of the gradient behind the ReLU, and of its product with x about the mean.
 template <class T, class scalar_t>
 SPSS_MULTIARCH void add_gradients(const scalar_t* grad, const scalar_t* x, int64_t count, int64_t pattern,
@@ -134,7 +145,7 @@ SPSS_MULTIARCH void add_gradients(const scalar_t* grad, const scalar_t* x, int64
     SPSS_SIMD
     for (int64_t i = 0; i < n; ++i) {
       const T value = load<T>(x[at + i]);
-      const T g = value * scale[i] + shift[i] > 0 ? load<T>(grad[at + i]) : T(0);
+      const T g = behind_relu(value, scale[i], shift[i], load<T>(grad[at + i]));
       first[i] += g;
       second[i] += g * (value - mean[i]);
     }
@@ -151,7 +162,7 @@ SPSS_MULTIARCH void input_gradient(const scalar_t* grad, const scalar_t* x, int6
     SPSS_SIMD
     for (int64_t i = 0; i < n; ++i) {
       const T value = load<T>(x[at + i]);
-      const T g = value * scale[i] + shift[i] > 0 ? load<T>(grad[at + i]) : T(0);
+      const T g = behind_relu(value, scale[i], shift[i], load<T>(grad[at + i]));
       store(out[at + i], scale[i] * (g - a[i] - b[i] * (value - mean[i])));
     }
   }
@@ -172,9 +183,8 @@ void moments(const at::Tensor& x, const Segments& segments, double* mean, double
   for (int64_t c = 0; c < channels; ++c) center[c] = static_cast<T>(data[c * x.stride(1)]);
   std::vector<double> partial(segments.count * 2 * channels);
   segments.run([&](int64_t i, const Segment& segment) {
-    std::vector<T> work(3 * segments.pattern);
+    std::vector<T> work = segments.lay_out(segment, {&center}, 2);
     T *about = work.data(), *first = about + segments.pattern, *second = first + segments.pattern;
-    segments.lay_out(segment, center, about);
     add_moments(data + segment.begin, segment.count, segments.pattern, about, first, second);
     segments.fold(segment, first, &partial[i * 2 * channels]);
     segments.fold(segment, second, &partial[(i * 2 + 1) * channels]);
@@ -232,12 +242,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
       const scalar_t *from = x.data_ptr<scalar_t>(), *add = added ? skip.data_ptr<scalar_t>() : nullptr;
       scalar_t* to = y.data_ptr<scalar_t>();
       segments.run([&](int64_t, const Segment& s) {
-        std::vector<T> work(2 * segments.pattern);
-        T *scale = work.data(), *shift = scale + segments.pattern;
-        segments.lay_out(s, affine.scale, scale);
-        segments.lay_out(s, affine.shift, shift);
-        scale_relu(from + s.begin, add ? add + s.begin : nullptr, s.count, segments.pattern, scale, shift,
-                   to + s.begin);
+        const std::vector<T> work = segments.lay_out(s, {&affine.scale, &affine.shift});
+        scale_relu(from + s.begin, add ? add + s.begin : nullptr, s.count, segments.pattern, work.data(),
+                   work.data() + segments.pattern, to + s.begin);
       });
     });
   } else if (!mean_) {
@@ -267,15 +274,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
       const scalar_t *from = x.data_ptr<scalar_t>(), *g = grad.data_ptr<scalar_t>();
       std::vector<double> partial(segments.count * 2 * channels);
       segments.run([&](int64_t i, const Segment& s) {
-        std::vector<T> work(5 * pattern);
-        T* at[5];
-        for (int64_t j = 0; j < 5; ++j) at[j] = work.data() + j * pattern;
-        segments.lay_out(s, affine.scale, at[0]);
-        segments.lay_out(s, affine.shift, at[1]);
-        segments.lay_out(s, affine.mean, at[2]);
-        add_gradients(g + s.begin, from + s.begin, s.count, pattern, at[0], at[1], at[2], at[3], at[4]);
-        segments.fold(s, at[3], &partial[i * 2 * channels]);
-        segments.fold(s, at[4], &partial[(i * 2 + 1) * channels]);
+        std::vector<T> work = segments.lay_out(s, {&affine.scale, &affine.shift, &affine.mean}, 2);
+        T *row = work.data(), *first = row + 3 * pattern, *second = first + pattern;
+        add_gradients(g + s.begin, from + s.begin, s.count, pattern, row, row + pattern, row + 2 * pattern, first,
+                      second);
+        segments.fold(s, first, &partial[i * 2 * channels]);
+        segments.fold(s, second, &partial[(i * 2 + 1) * channels]);
       });
       const std::vector<double> sums = segments.add_up(partial, 2);
       const double count = static_cast<double>(x.numel() / channels);
@@ -290,16 +294,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
       }
       scalar_t* to = dx.data_ptr<scalar_t>();
       segments.run([&](int64_t, const Segment& s) {
-        std::vector<T> work(5 * pattern);
-        T* at[5];
-        for (int64_t j = 0; j < 5; ++j) at[j] = work.data() + j * pattern;
-        segments.lay_out(s, affine.scale, at[0]);
-        segments.lay_out(s, affine.shift, at[1]);
-        segments.lay_out(s, affine.mean, at[2]);
-        segments.lay_out(s, a, at[3]);
-        segments.lay_out(s, b, at[4]);
-        input_gradient(g + s.begin, from + s.begin, s.count, pattern, at[0], at[1], at[2], at[3], at[4],
-                       to + s.begin);
+        const std::vector<T> work = segments.lay_out(s, {&affine.scale, &affine.shift, &affine.mean, &a, &b});
+        const T* row = work.data();
+        input_gradient(g + s.begin, from + s.begin, s.count, pattern, row, row + pattern, row + 2 * pattern,
+                       row + 3 * pattern, row + 4 * pattern, to + s.begin);
       });
     });
   }
