@@ -164,11 +164,16 @@ def _record(network: VNet, config: Config, options: Options) -> dict[str, Any]:
 def _claim(out: Path, record: dict[str, Any], outputs: list[Path], overwrite: bool) -> None:
     """Makes ``out`` the folder of predictions made as ``record`` says; with ``overwrite`` without its old ``outputs``.
 
-    Otherwise what is there already would be skipped, and label maps of two networks would mix.
+    Otherwise what is there already would be skipped, and label maps of two networks would mix. Files that no
+    prediction left there, such as a data set's own labels, are never replaced.
     """
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
+        foreign = [] if path.exists() else [output for output in outputs if output.exists()]
+        if foreign:
+            raise UserError(f"{foreign[0]} is there already and no prediction (no {RECORD} beside it): choose another "
+                            "folder")
         before = json.loads(path.read_text()) if path.exists() else record
         changed = [name for name in record if before.get(name) != record[name]]
         if changed and not overwrite:

@@ -95,7 +95,8 @@ def decide(
             result.probabilities[c] = p
     result.label[best <= rest] = 0
     if entropy:
-        result.entropy = total + entr(np.maximum(rest, 0))  # rounding may leave less than nothing
+        # rounding may leave less than nothing, or make a certain class a little more than certain
+        result.entropy = np.maximum(total + entr(np.maximum(rest, 0)), 0)
     return result
 
 
