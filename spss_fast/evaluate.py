@@ -24,6 +24,7 @@ from spss_fast.engine.evaluation import (
     write_metrics,
 )
 from spss_fast.engine.run_folder import RunFolder
+from spss_fast.engine.weights import build_network
 from spss_fast.errors import UserError
 from spss_fast.nets.vnet import VNet
 
@@ -45,10 +46,7 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
 
 def load_student(content: dict[str, Any], device: torch.device) -> VNet:
     """The student of a checkpoint, ready for inference."""
-    network = checkpoint.config_of(content).network
-    student = VNet(filters=network.filters, dropout=network.dropout)
-    student.load_state_dict(content["student"])
-    return student.eval().to(device, memory_format=torch.channels_last_3d)
+    return build_network(content["student"], "the checkpoint").to(device, memory_format=torch.channels_last_3d)
 
 
 def cases_to_measure(

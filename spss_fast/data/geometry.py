@@ -97,7 +97,9 @@ def resample(array: np.ndarray, grid: Grid, target: Grid, *, linear: bool, outsi
         return array
     image = to_image(array, grid)
     if linear:
-        factors = np.maximum(np.array(target.spacing) / grid.spacing + 1e-6, 1).astype(int)
+        # a file's own grid may run along other axes than the grid its scan was prepared on
+        along = np.abs(grid.axes.T @ target.axes) @ target.spacing
+        factors = np.maximum(along / grid.spacing + 1e-6, 1).astype(int)
         padding = [int(n) for n in -np.array(grid.size) % factors]
         if factors.max() > 1:
             # BinShrink drops an incomplete last block, so the border is repeated to complete it

@@ -19,7 +19,8 @@ PARTS = ("student", "teacher", "registration", "sgd", "adam", "scaler", "registr
 def atomically(path: Path, write: Any) -> None:
     """Call ``write(temporary path)``, then move the result to ``path``: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # the name's ending stays: writers of images choose the format by it
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -43,8 +44,12 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}: is this the folder of a run?") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"cannot read the checkpoint {path} (truncated, or not one of ours): {error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"cannot read the checkpoint {path}: it is damaged, or pickles more than tensors and plain "
+                        "values, which are all that is ever loaded (save a state_dict)") from error
+    except (OSError, RuntimeError, EOFError) as error:
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise UserError(f"cannot read the checkpoint {path} (truncated, or not one of ours): {reason}") from error
 
 
 def restore(state: State, content: dict[str, Any]) -> None:

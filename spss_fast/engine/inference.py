@@ -22,24 +22,59 @@ def _windows(shape: Sequence[int], patch: Sequence[int], stride: Sequence[int]) 
                 yield tuple(slice(start, start + p) for start, p in zip((i, j, k), patch))
 
 
+def _profile(side: int, gaussian: bool) -> Tensor:
+    """Weights of a window along one axis: equal, or a Gaussian about its middle with sigma ``side / 8`` (Isensee et
+    al., "nnU-Net", Nature Methods 2021)."""
+    offset = torch.arange(side) - (side - 1) / 2
+    return torch.exp(-0.5 * (offset / (side / 8)) ** 2) if gaussian else torch.ones(side)
+
+
+def _softmax(network: nn.Module, batch: Tensor, amp: torch.dtype | None, mirror: bool) -> Tensor:
+    """Softmax (B, C, h, w, d) float32 of ``batch``; with ``mirror`` the mean over the four in-plane flips, the ones
+    that training draws."""
+    total = None
+    flips: list[tuple[int, ...]] = [(), (2,), (3,), (2, 3)] if mirror else [()]
+    for axes in flips:
+        flipped = batch.flip(axes) if axes else batch
+        with torch.autocast(batch.device.type, amp, enabled=amp is not None):
+            logits = network(flipped.contiguous(memory_format=torch.channels_last_3d))
+        probability = logits.float().softmax(1)
+        if axes:
+            probability = probability.flip(axes)
+        total = probability if total is None else total.add_(probability)
+    return total.div_(len(flips)) if mirror else total
+
+
 @torch.no_grad()
 def sliding_window(
     network: nn.Module, image: Tensor, patch: Sequence[int], stride: Sequence[int], amp: torch.dtype | None = None,
-    tiles: int = 4, statistics: str = "running",
+    tiles: int = 4, gaussian: bool = False, mirror: bool = False, statistics: str = "running",
 ) -> Tensor:
     """Mean softmax (C, H, W, D) float32 over all windows of ``image`` (H, W, D), on the network's device.
 
     ``patch`` and ``stride`` are in voxels; an image smaller than the patch is padded with its minimum and cropped
-    back. ``tiles`` windows go through the network at once. The network's mode (training or not) is the caller's.
-    ``statistics`` ``"case"`` first replaces the running batch-norm statistics by those of the image's own windows, half
-    a patch apart, which takes a scan's contrast out: prediction-time batch normalisation (Nado et al., 2020).
+    back. ``tiles`` windows go through the network at once. The mean is the plain one that this literature's figures
+    are taken with; ``gaussian`` lets the middle of a window, which sees most around it, count more than its rim.
+    ``mirror`` averages over in-plane flips, for four times the work. ``statistics`` ``"case"`` first replaces the
+    running batch-norm statistics by those of the image's own windows, half a patch apart, which takes a scan's contrast
+    out: prediction-time batch normalisation (Nado et al., 2020). The network's mode (training or not) is the caller's.
     """
     device = next(network.parameters()).device
     shape = image.shape
     missing = [max(0, p - side) for p, side in zip(patch, shape)]
     before = [m // 2 for m in missing]
     padding = [amount for b, m in reversed(list(zip(before, missing))) for amount in (b, m - b)]
-    image = F.pad(image.to(device).float(), padding, value=float(image.min()))
+    image = image.to(device).float()
+    if any(missing):
+        image = F.pad(image, padding, value=float(image.min()))
+    profiles = [_profile(p, gaussian).to(device) for p in patch]
+    weight = profiles[0][:, None, None] * profiles[1][:, None] * profiles[2]
+    # the windows are a lattice and their weight a product over the axes, so the sum of weights in a voxel is one too:
+    # three short vectors instead of another volume
+    sums = [torch.zeros(side, device=device) for side in image.shape]
+    for summed, profile, p, s in zip(sums, profiles, patch, stride):
+        for start in window_starts(len(summed), p, s):
+            summed[start : start + p] += profile
 
     def batches(apart: Sequence[int]) -> Iterator[tuple[list[tuple[slice, ...]], Tensor]]:
         windows = list(_windows(image.shape, patch, apart))
@@ -50,17 +85,19 @@ def sliding_window(
 
     if statistics == "case":
         refresh_batch_norm(network, (batch for _, batch in batches([side // 2 for side in patch])), amp)
-    total, count = None, torch.zeros(image.shape, device=device)
+    total = None
     for some, batch in batches(stride):
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            probability = network(batch).float().softmax(1)
+        probability = _softmax(network, batch, amp, mirror)
         if total is None:
             total = torch.zeros(probability.shape[1], *image.shape, device=device)
+        if gaussian:
+            probability *= weight
         for window, p in zip(some, probability):
             total[(slice(None), *window)] += p
-            count[window] += 1
-    mean = total / count
-    return mean[(slice(None), *(slice(b, b + side) for b, side in zip(before, shape)))]
+    plane = sums[1][:, None] * sums[2]
+    for row, along in zip(total.unbind(1), sums[0]):  # in place: a second copy may not fit
+        row /= along * plane
+    return total[(slice(None), *(slice(b, b + side) for b, side in zip(before, shape)))]
 
 
 @torch.no_grad()

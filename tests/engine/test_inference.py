@@ -39,6 +39,63 @@ def test_windows_of_a_pointwise_network_give_its_answer(shape):
     torch.testing.assert_close(result, expected)
 
 
+class _Position(nn.Module):
+    """Logits that depend on where in its window a voxel lies, so that the blending of windows shows."""
+
+    def __init__(self, patch) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.logits = nn.Parameter(torch.randn(1, 2, *patch))
+
+    def forward(self, x):
+        return self.logits.expand(len(x), -1, -1, -1, -1) + 0 * x
+
+
+@pytest.mark.parametrize("gaussian", [False, True])
+def test_windows_blend_by_their_weights(gaussian):
+    shape, patch, stride = (12, 9, 7), (8, 6, 4), (3, 4, 2)
+    network = _Position(patch)
+    softmax = network.logits.detach().softmax(1)[0].double()
+    axes = torch.meshgrid(*(torch.arange(p).double() for p in patch), indexing="ij")
+    distance = sum(((axis - (p - 1) / 2) / (p / 8)) ** 2 for axis, p in zip(axes, patch))
+    weight = torch.exp(-0.5 * distance) if gaussian else torch.ones(patch).double()
+    total, count = torch.zeros(2, *shape).double(), torch.zeros(shape).double()
+    for starts in itertools.product(*map(window_starts, shape, patch, stride)):
+        window = tuple(slice(start, start + p) for start, p in zip(starts, patch))
+        total[(slice(None), *window)] += softmax * weight
+        count[window] += weight
+    result = sliding_window(network, torch.zeros(shape), patch, stride, gaussian=gaussian)
+    torch.testing.assert_close(result.double(), total / count, rtol=1e-5, atol=1e-6)
+
+
+def test_the_plain_mean_is_exact():
+    """Sums of ones and their products are exact in float32: the published averaging keeps every bit."""
+    shape, patch, stride = (12, 9, 7), (8, 6, 4), (1, 1, 1)
+    network = _Position(patch)
+    softmax = network.logits.detach().softmax(1)[0]
+    total, count = torch.zeros(2, *shape), torch.zeros(shape)
+    for starts in itertools.product(*map(window_starts, shape, patch, stride)):
+        window = tuple(slice(start, start + p) for start, p in zip(starts, patch))
+        total[(slice(None), *window)] += softmax
+        count[window] += 1
+    assert torch.equal(sliding_window(network, torch.zeros(shape), patch, stride, tiles=3), total / count)
+
+
+def test_mirroring_makes_in_plane_flips_equivalent():
+    torch.manual_seed(0)
+    network, image = nn.Conv3d(1, 2, 3, padding=1), torch.randn(16, 16, 8)
+
+    def result(image, mirror):
+        return sliding_window(network, image, (16, 16, 8), (8, 8, 4), mirror=mirror)
+
+    for axes in ((0,), (1,), (0, 1)):
+        back = [axis + 1 for axis in axes]
+        torch.testing.assert_close(result(image.flip(axes), True).flip(back), result(image, True))
+        assert (result(image.flip(axes), False).flip(back) - result(image, False)).abs().max() > 0.05
+    four = [result(image.flip(axes), False).flip([axis + 1 for axis in axes]) for axes in ((), (0,), (1,), (0, 1))]
+    torch.testing.assert_close(result(image, True), torch.stack(four).mean(0))
+
+
 def test_refreshed_statistics_are_those_of_the_batches():
     torch.manual_seed(0)
     network = nn.Sequential(nn.BatchNorm3d(2), nn.Dropout3d(0.5)).train()

@@ -1,0 +1,95 @@
+"""Images in another file's own geometry, to the last digit."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from spss_fast.data.geometry import Grid, to_image
+
+# the input's ending, and the one that its outputs get: one file each, and header fields that hold the same digits
+SUFFIXES = {".nii.gz": ".nii.gz", ".nii": ".nii", ".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+# where a NIfTI-1 header keeps geometry: float32, of which ITK makes orthonormal axes in double precision
+NIFTI = np.dtype({
+    "names": ["pixdim", "units", "codes", "quaternion", "rows"],
+    "formats": ["8f4", "u1", "2i2", "6f4", "12f4"],
+    "offsets": [76, 123, 252, 256, 280],
+    "itemsize": 348,
+})
+
+
+def suffix_of(path: Path) -> str:
+    """The ending of an image's name that says its format, in lower case; empty where it is none of ``SUFFIXES``."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
+
+
+def write_like(array: np.ndarray, grid: Grid, path: Path, source: Path) -> None:
+    """Writes ``array`` (H, W, D) on ``grid``, the grid of the file ``source``, to ``path``, compressed.
+
+    ITK rounds the axes of an oblique scan anew whenever it writes NIfTI or NRRD, in the 9th or the 16th digit; so the
+    fields of the header that hold geometry are copied from ``source`` where that is of the same format. The ending of
+    ``path`` chooses the format.
+    """
+    image = to_image(array, grid)
+    if suffix_of(path) in (".nii", ".nii.gz"):
+        _write_nifti(image, path, source)
+        return
+    sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
+    if suffix_of(path) == ".nrrd" and suffix_of(source) in (".nrrd", ".nhdr"):
+        _copy_nrrd_geometry(path, source)
+
+
+def _write_nifti(image: sitk.Image, path: Path, source: Path) -> None:
+    plain = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".plain.nii")
+    try:
+        sitk.WriteImage(image, str(plain))
+        if suffix_of(source) in (".nii", ".nii.gz"):
+            with gzip.open(source) if suffix_of(source) == ".nii.gz" else open(source, "rb") as file:
+                start = file.read(NIFTI.itemsize)
+            # the header begins with its own size; NIfTI-2, of 540 bytes, keeps doubles elsewhere
+            order = {b"\x5c\x01\x00\x00": "<", b"\x00\x00\x01\x5c": ">"}.get(start[:4])
+            if order is not None:
+                header = np.frombuffer(start, NIFTI.newbyteorder(order))[0]
+                written = np.memmap(plain, NIFTI.newbyteorder("<"), mode="r+", shape=1)
+                for name in NIFTI.names:
+                    written[name] = header[name]
+                written.flush()
+                del written  # or Windows could not move the file
+        if suffix_of(path) == ".nii":
+            plain.replace(path)
+            return
+        with open(plain, "rb") as content, gzip.open(path, "wb", compresslevel=1) as file:
+            shutil.copyfileobj(content, file, 1 << 22)
+    finally:
+        plain.unlink(missing_ok=True)
+
+
+def _copy_nrrd_geometry(path: Path, source: Path) -> None:
+    """Puts the lines ``space``, ``space directions``, ``space origin`` ... of ``source`` in place of ``path``'s."""
+    geometry = [line for line in _nrrd_header(source) if line.startswith(b"space")]
+    if not any(line.startswith(b"space directions") for line in geometry):
+        return  # spacings alone, along the axes: exact as written
+    header = _nrrd_header(path)
+    kept = [line for line in header if not line.startswith(b"space")]
+    patched = path.with_name(path.name + ".patched")
+    try:
+        with path.open("rb") as content, patched.open("wb") as file:
+            content.seek(sum(map(len, header)) + 1)
+            file.writelines([*kept, *geometry, b"\n"])
+            shutil.copyfileobj(content, file, 1 << 22)
+        patched.replace(path)
+    finally:
+        patched.unlink(missing_ok=True)
+
+
+def _nrrd_header(path: Path) -> list[bytes]:
+    """The lines of a NRRD header, each with its end, up to the empty one."""
+    lines = []
+    with path.open("rb") as file:
+        while (line := file.readline()).strip():
+            lines.append(line)
+    return lines
