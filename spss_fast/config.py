@@ -348,23 +348,24 @@ def from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
+def toml_literal(value: Any) -> str:
+    """A setting's value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(toml_literal(part) for part in value) + "]"
+    return repr(value)
+
+
 def to_toml(config: Config) -> str:
     """The configuration as a TOML file that ``resolve`` reads back; settings that are none are left out."""
-
-    def literal(value: Any) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        if isinstance(value, str):
-            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        if isinstance(value, tuple):
-            return "[" + ", ".join(literal(part) for part in value) + "]"
-        return repr(value)
-
     lines = []
     for section in SECTIONS:
         lines.append(f"[{section}]")
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             if value is not None:
-                lines.append(f"{name} = {literal(value)}")
+                lines.append(f"{name} = {toml_literal(value)}")
         lines.append("")
     return "\n".join(lines)

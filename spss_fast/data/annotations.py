@@ -52,19 +52,33 @@ def read_annotations(settings: DataSettings) -> dict[str, Annotation]:
     path = Path(settings.annotations).expanduser()
     if not path.is_dir():
         return _read_csv(path)
-    states = folder_states(path, settings)
+    given = usable(folder_states(path, settings))
+    if not given:
+        raise UserError(f"{path}: all annotations are still empty: annotate one slice of a case, and save it as "
+                        f"{ANNOTATION}.nii.gz")
+    return given
+
+
+def usable(states: dict[str, Annotation | str | None]) -> dict[str, Annotation]:
+    """The annotations of :func:`folder_states` that are not empty; ``UserError`` for the first that cannot be used."""
     wrong = [state for state in states.values() if isinstance(state, str)]
     if wrong:
         raise UserError(wrong[0] + (f" ({len(wrong) - 1} more annotations cannot be used)" if len(wrong) > 1 else ""))
     given = {name: state for name, state in states.items() if state is not None}
-    if not given:
-        raise UserError(f"{path}: all {len(states)} annotations are still empty: annotate one slice in each, and save "
-                        f"it as {ANNOTATION}.nii.gz")
-    planes = {annotation.plane: name for name, annotation in given.items()}
-    if len(planes) > 1:
-        said = ", ".join(f"{plane} in {name}" for plane, name in planes.items())
-        raise UserError(f"{path}: all cases must be annotated in the same plane, but it is {said}")
+    common_plane(given)
     return given
+
+
+def common_plane(given: dict[str, Annotation]) -> str:
+    """The plane that all of ``given`` (annotations of a folder) are annotated in, ``auto`` for none.
+
+    Raises ``UserError`` where they differ.
+    """
+    planes = {annotation.plane: annotation.label for annotation in given.values()}
+    if len(planes) > 1:
+        said = ", ".join(f"{plane} in {label}" for plane, label in planes.items())
+        raise UserError(f"all cases must be annotated in the same plane, but that is {said}: redo one of them")
+    return next(iter(planes), "auto")
 
 
 def empty_annotations(settings: DataSettings) -> list[str]:
@@ -81,29 +95,27 @@ def annotated_plane(settings: DataSettings) -> str:
     Raises ``UserError`` where both are given and differ.
     """
     given = read_annotations(settings)
-    named = next((annotation for annotation in given.values() if annotation.label is not None), None)
-    if named is None:
+    plane = common_plane({name: a for name, a in given.items() if a.label is not None})
+    if plane == "auto":
         return settings.plane
-    if settings.plane not in ("auto", named.plane):
-        raise UserError(f"setting plane = {settings.plane}, but {named.label} is annotated in the {named.plane} plane: "
-                        "leave plane at auto")
-    return named.plane
+    if settings.plane not in ("auto", plane):
+        raise UserError(f"setting plane = {settings.plane}, but {settings.annotations} is annotated in the {plane} "
+                        "plane: leave plane at auto")
+    return plane
 
 
 def check_annotations(cases: list[Case], settings: DataSettings) -> None:
-    """Raises ``UserError`` for annotations of unknown scans, and for those that do not lie on their scan's grid."""
-    known = {case.name: case for case in cases}
-    for name, annotation in read_annotations(settings).items():
-        if annotation.label is None:
-            continue
-        if name not in known:
-            raise UserError(f"{annotation.label} annotates {name}, but no scan of that name is there: correct the name "
-                            "of its folder, or take it away")
-        check_match(source_grid(known[name]), annotation.grid, known[name].image, annotation.label)
+    """Raises ``UserError`` for annotations of a folder that are of no scan, or do not lie on their scan's grid."""
+    path = Path(settings.annotations).expanduser()
+    if settings.annotations and path.is_dir():
+        usable(folder_states(path, settings, cases))
 
 
-def folder_states(folder: Path, settings: DataSettings) -> dict[str, Annotation | str | None]:
-    """Per case of an annotation folder its annotation, None where that is still empty, or what is wrong with it.
+def folder_states(
+    folder: Path, settings: DataSettings, cases: list[Case] | None = None
+) -> dict[str, Annotation | str | None]:
+    """Per case of an annotation folder its annotation, None where that is still empty, or what is wrong with it;
+    compared with its scan where ``cases`` are given.
 
     ``folder/CASE/annotation.nii.gz`` (or another ending) is a label map of the scan, empty but for one slice along
     any axis, and ``folder/slices.csv`` (``case,axis,slice``), where there is one, names the slices that were
@@ -113,7 +125,18 @@ def folder_states(folder: Path, settings: DataSettings) -> dict[str, Annotation 
     names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     if not names:
         raise UserError(f"{folder} holds no annotations: CASE/{ANNOTATION}.nii.gz is looked for")
-    return {name: _state(folder / name, suggested.get(name), settings) for name in sorted(names | set(suggested))}
+    states = {name: _state(folder / name, suggested.get(name), settings) for name in sorted(names | set(suggested))}
+    if cases is not None:
+        scans = {case.name: case for case in cases}
+        for name, state in states.items():
+            try:
+                if name not in scans:
+                    raise UserError(f"{folder / name} annotates no scan of the data folder: name it after its case")
+                if isinstance(state, Annotation):
+                    check_match(source_grid(scans[name]), state.grid, scans[name].image, state.label)
+            except UserError as error:
+                states[name] = str(error)
+    return states
 
 
 def _state(folder: Path, suggested: Annotation | None, settings: DataSettings) -> Annotation | str | None:

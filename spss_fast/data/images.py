@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import struct
 import zlib
 from pathlib import Path
 
@@ -70,13 +71,25 @@ def _header(path: Path) -> sitk.ImageFileReader:
         raise UserError(f"{path} has {reader.GetDimension()} dimensions instead of 3: store one volume per file")
     if reader.GetNumberOfComponents() != 1:
         raise UserError(f"{path} holds {reader.GetNumberOfComponents()} values per voxel (a colour image?): store one")
-    spacing = list(reader.GetSpacing())
-    # the NIfTI reader takes a spacing of 0 to be 1 mm
-    stored = [reader.GetMetaData(key) for axis in (1, 2, 3) if reader.HasMetaDataKey(key := f"pixdim[{axis}]")]
-    for values in (spacing, list(map(float, stored))):
-        if values and not (np.isfinite(values).all() and min(map(abs, values)) > 0):
-            raise UserError(f"{path} has the voxel spacing {tuple(values)}: correct its header")
+    for spacing in (reader.GetSpacing(), _nifti_spacing(path)):
+        if not (np.isfinite(spacing).all() and np.all(np.abs(spacing) > 0)):
+            shown = tuple(round(float(side), 4) for side in spacing)
+            raise UserError(f"{path} has the voxel spacing {shown}: correct its header")
     return reader
+
+
+def _nifti_spacing(path: Path) -> tuple[float, ...]:
+    """The spacing as a NIfTI header has it, where ITK makes 1 mm of 0; empty for other files."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return ()
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        header = file.read(168)
+    # a header begins with its own size, in the file's byte order: 348 of NIfTI-1, 540 of NIfTI-2
+    for order in "<>":
+        form = {348: ("3f", 80), 540: ("3d", 112)}.get(struct.unpack_from(order + "i", header)[0])
+        if form is not None:
+            return struct.unpack_from(order + form[0], header, form[1])
+    return ()
 
 
 def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
