@@ -80,6 +80,11 @@ def find_slices(folder: Path) -> Slices:
     if len(series) > 1:
         raise UserError(f"{folder} mixes {len(series)} DICOM series ({', '.join(str(len(part)) for part in names)} "
                         "files): put each into a folder of its own")
+    others = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "DICOMDIR" and
+              is_dicom(path) and str(path) not in set(names[0])]
+    if others:  # GDCM passes over them, and the series would only be shorter
+        raise UserError(f"{others[0]} is no slice that can be read (damaged, or no image): export it again, or take it "
+                        "away")
     headers = [_header(Path(name)) for name in names[0]]
     first = headers[0]
     if first.GetNumberOfComponents() != 1:
@@ -88,14 +93,16 @@ def find_slices(folder: Path) -> Slices:
     modality = first.GetMetaData("0008|0060").strip() if first.HasMetaDataKey("0008|0060") else ""
     grid = Grid(first.GetSize(), first.GetSpacing(), first.GetOrigin(), first.GetDirection())
     if len(headers) > 1:
-        grid = _stacked(folder, names[0], headers, grid)
-    elif grid.size[2] == 1:
+        return _stacked(folder, names[0], headers, grid, modality)
+    if grid.size[2] == 1:
         raise UserError(f"{folder} holds a single DICOM slice: a scan needs all of its slices; export it again")
     return Slices(names[0], grid, modality)
 
 
-def _stacked(folder: Path, names: list[str], headers: list[sitk.ImageFileReader], first: Grid) -> Grid:
-    """The grid of single slices on top of each other."""
+def _stacked(
+    folder: Path, names: list[str], headers: list[sitk.ImageFileReader], first: Grid, modality: str
+) -> Slices:
+    """Single slices on top of each other."""
     for name, header in zip(names, headers):
         same = (header.GetSize() == first.size and header.GetNumberOfComponents() == 1
                 and np.allclose(header.GetSpacing()[:2], first.spacing[:2], rtol=1e-3)
@@ -104,16 +111,17 @@ def _stacked(folder: Path, names: list[str], headers: list[sitk.ImageFileReader]
             raise UserError(f"{name} differs in size, pixel spacing or direction from {Path(names[0]).name}: keep one "
                             "series in the folder")
     positions = np.array([header.GetOrigin() for header in headers])
+    order = np.argsort(positions @ first.axes[:, 2], kind="stable")
+    names, positions = [names[i] for i in order], positions[order]
     along = positions @ first.axes[:, 2]
     steps = np.diff(along)
-    usual = float(np.median(np.abs(steps)))
-    if usual == 0 or (np.abs(steps) < GAP * usual).any():
-        at = along[int(np.abs(steps).argmin())]
-        raise UserError(f"{folder} holds two slices at the same place ({at:.1f} mm): several echoes, phases or "
-                        "reconstructions? keep one of them")
-    wrong = int(np.abs(np.abs(steps) - usual).argmax())
-    if abs(abs(steps[wrong]) - usual) > GAP * usual or np.ptp(np.sign(steps)) > 0:
-        raise UserError(f"{folder} lacks slices, or is not evenly spaced: {abs(steps[wrong]):.2f} mm between "
+    usual = float(np.median(steps))
+    if steps.min() <= GAP * usual:
+        raise UserError(f"{folder} holds two slices at the same place ({along[int(steps.argmin())]:.1f} mm): several "
+                        "echoes, phases or reconstructions? keep one of them")
+    wrong = int(np.abs(steps - usual).argmax())
+    if abs(steps[wrong] - usual) > GAP * usual:
+        raise UserError(f"{folder} lacks slices, or is not evenly spaced: {steps[wrong]:.2f} mm between "
                         f"{Path(names[wrong]).name} and {Path(names[wrong + 1]).name} where {usual:.2f} mm are usual; "
                         "export the series again")
     stack = (positions[-1] - positions[0]) / np.linalg.norm(positions[-1] - positions[0])
@@ -121,9 +129,9 @@ def _stacked(folder: Path, names: list[str], headers: list[sitk.ImageFileReader]
     if tilt > TILT:
         raise UserError(f"{folder} was taken with the gantry tilted by {tilt:.1f} degrees: convert it with a tool that "
                         "corrects the tilt (dcm2niix does)")
-    axes = np.column_stack([*first.axes[:, :2].T, first.axes[:, 2] * np.sign(steps[0])])
-    spacing = (*first.spacing[:2], abs(float(along[-1] - along[0])) / len(steps))
-    return Grid((*first.size[:2], len(headers)), spacing, first.origin, tuple(map(float, axes.ravel())))
+    spacing = (*first.spacing[:2], float(along[-1] - along[0]) / len(steps))
+    grid = Grid((*first.size[:2], len(headers)), spacing, tuple(map(float, positions[0])), first.direction)
+    return Slices(names, grid, modality)
 
 
 def _header(path: Path) -> sitk.ImageFileReader:

@@ -7,6 +7,7 @@ KiTS19's 176 x 176 x 64 voxels, volumes of about its 192 x 192 x 64.
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -293,15 +294,22 @@ def to_toml(scans: list[Measured], proposal: Proposal, unusable: Sequence[str] =
     """The fingerprint as a settings file that ``train --settings`` takes: comments, and the data settings."""
     lines = [f"# {len(scans)} scans, as measured (median, least to most):"]
     lines += [f"#   {line}" for line in describe(scans)]
-    lines += [f"# look at: {line}" for line in proposal.remarks]
-    lines += [f"# left out: {line}" for line in unusable]
-    lines += ["# Edit what you know better; `prepare --settings` then prepares by it, and training takes it as it is.",
-              "", "[data]"]
+    for line in (*(f"look at: {line}" for line in proposal.remarks), *(f"left out: {line}" for line in unusable),
+                 "Edit what you know better; prepare --settings then prepares by it, and training takes it as it is."):
+        lines += _comment(line)
+    lines += ["", "[data]"]
     for name, value in proposal.values.items():
-        lines.append(f"# {proposal.reasons[name]}")
+        lines += _comment(proposal.reasons[name])
         lines.append(f"# {name} is not set" if value is None else f"{name} = {toml_literal(value)}")
     lines += ["", "# [registration]",
               "# paired organs, each carried through the volume on its own:", "# structures = 2",
               "# small structures, which the published cleaning of labels would wipe out:",
               "# opening = 3", "# closing = 3", "# far_iterations = 1", ""]
     return "\n".join(lines)
+
+
+def _comment(text: str) -> list[str]:
+    # control characters, which a file's name may have, would end a comment
+    text = "".join(character if character.isprintable() else "?" for character in text)
+    return textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ", break_long_words=False,
+                         break_on_hyphens=False)
