@@ -9,6 +9,7 @@ from rich.console import Console
 from spss_fast import prepare, train
 from spss_fast.config import resolve
 from spss_fast.data.fingerprint import known_modality
+from spss_fast.data.images import read_grid
 from spss_fast.errors import UserError
 from tests.data.test_annotations import annotate
 from tests.data.writing import ball, write_image, write_series
@@ -28,7 +29,7 @@ def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsy
     """Coronal slices are annotated, in another folder; no scan has a full label anywhere."""
     monkeypatch.chdir(tmp_path)
     for i, name in enumerate("abcde"):
-        image, label = ball((40, 36, 34), i)
+        image, label = ball((40, 36, 36), i)
         write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
         if name in "bd":
             annotate(tmp_path / "todo", name, 1, 18, label)
@@ -64,9 +65,11 @@ def test_a_real_ct(scans, tmp_path):
 
 
 def test_real_la_gets_the_published_patch(scans, tmp_path):
-    names = (scans("la_raw") / "train.list").read_text().split()[:3]
+    """The three narrowest of the 80 set it."""
+    folders = [path for path in scans("la_raw").iterdir() if path.is_dir()]
+    folders.sort(key=lambda path: (min(read_grid(path / "lgemri.nrrd").size[:2]), path.name))
     (tmp_path / "la").mkdir()
-    for name in names:
+    for name in (path.name for path in folders[:3]):
         (tmp_path / "la" / name).symlink_to(scans("la_raw") / name)
     result = run(tmp_path, tmp_path / "la")
     assert result.config.data.patch == (112, 112, 80)
@@ -74,7 +77,7 @@ def test_real_la_gets_the_published_patch(scans, tmp_path):
 
 
 def test_bad_files_are_listed_and_the_others_prepared(tmp_path):
-    image, label = ball((40, 36, 34))
+    image = ball((40, 36, 34))[0]
     for name in "abc":
         write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
     (tmp_path / "scans" / "b.nii.gz").write_bytes(b"spoiled" * 50)
