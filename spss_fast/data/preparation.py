@@ -63,7 +63,8 @@ def resampled(scan: Scan, grid: Grid, window: tuple[float, float] | None) -> np.
         array, part = block_means(array, factors, window), part.shrunk(factors)
     else:
         array = windowed(array, window)
-    if part.size == grid.size and np.allclose(part.origin, grid.origin, atol=1e-3 * min(grid.spacing)):
+    if part.size == grid.size and np.allclose([part.spacing, part.origin], [grid.spacing, grid.origin], rtol=1e-6,
+                                              atol=1e-3 * min(grid.spacing) / max(grid.size)):
         return np.ascontiguousarray(array)
     return np.ascontiguousarray(resample(array, part, grid, linear=True, outside=float(array.min())))
 
