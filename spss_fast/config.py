@@ -30,9 +30,12 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
 class DataSettings:
     """Which scans, and how they become training volumes."""
 
-    dataset: str = setting("phantom", "data set: la, kits, phantom, or folder (h5 or raw, recognised by its files)")
+    dataset: str = setting("phantom", "data set: la, kits, phantom, or folder (any layout, recognised by its files)")
     data_dir: str = setting("", "folder of the scans (phantom: written there if empty)")
-    annotations: str = setting("", "CSV of case,slice naming the annotated slices; drawn at random where not given")
+    annotations: str = setting(
+        "", "CSV of case,slice naming the annotated slices, or folder of <case>/annotation.nii.gz with one annotated "
+        "slice each; drawn at random where not given"
+    )
     n_labeled: int = setting(16, "annotated volumes, one slice each: the first ones of the training list")
     n_test: int = setting(20, "volumes split off for testing where the data set brings no train.list")
     patch: tuple[int, int, int] = setting((112, 112, 80), "training patch in voxels: height, width, slices")
@@ -41,6 +44,10 @@ class DataSettings:
         False, "crop to the body (largest component above -500 HU) before resampling", bare=True
     )
     resample: tuple[int, int, int] | None = setting(None, "voxels every volume is resampled to; none keeps the grid")
+    plane: str = setting(
+        "auto", "plane of the slices (auto: that of the annotation folder, else axial unless another axis is coarsest)",
+        choices=("auto", "axial", "coronal", "sagittal"),
+    )
     max_in_plane: int = setting(0, "centre-crop slices to at most this many voxels a side; 0 keeps them whole")
     foreground: tuple[int, ...] = setting((), "label values merged into the foreground; empty means every value > 0")
     downsample: int = setting(1, "shrink volumes, patch and registration labels' morphology by this factor")
@@ -273,10 +280,10 @@ def _assign(config: Config, values: dict[str, Any], origin: str) -> None:
 def _read_toml(path: Path) -> dict[str, Any]:
     """Settings of a TOML file by name; tables named after the sections of ``Config`` are flattened."""
     try:
-        content = tomllib.loads(path.read_text())
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the settings file {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the settings file {path} is not valid TOML: {error}") from error
     flat: dict[str, Any] = {}
     for key, value in content.items():
@@ -348,23 +355,24 @@ def from_dict(values: dict[str, Any]) -> Config:
     return config
 
 
+def toml_literal(value: Any) -> str:
+    """A setting's value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, tuple):
+        return "[" + ", ".join(toml_literal(part) for part in value) + "]"
+    return repr(value)
+
+
 def to_toml(config: Config) -> str:
     """The configuration as a TOML file that ``resolve`` reads back; settings that are none are left out."""
-
-    def literal(value: Any) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        if isinstance(value, str):
-            return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-        if isinstance(value, tuple):
-            return "[" + ", ".join(literal(part) for part in value) + "]"
-        return repr(value)
-
     lines = []
     for section in SECTIONS:
         lines.append(f"[{section}]")
         for name, value in dataclasses.asdict(getattr(config, section)).items():
             if value is not None:
-                lines.append(f"{name} = {literal(value)}")
+                lines.append(f"{name} = {toml_literal(value)}")
         lines.append("")
     return "\n".join(lines)

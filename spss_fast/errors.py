@@ -3,3 +3,9 @@
 
 class UserError(Exception):
     """Something the user can mend: the message is one line that names the file or setting and the mend."""
+
+
+def reason(error: Exception) -> str:
+    """The last telling line of an ITK or HDF5 message, without the source file it was raised in."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix("sitk::ERROR: ").rstrip(".") if lines else "unknown reason"

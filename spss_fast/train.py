@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from spss_fast import cli
 from spss_fast.config import PRESETS, Config, resolve
+from spss_fast.data.annotations import annotated_plane
 from spss_fast.data.dataset import Dataset, load
 from spss_fast.data.loader import batches, resolve_loader
 from spss_fast.data.sampling import Batch, Sampler
@@ -55,6 +57,8 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
     device = resolve_device(config.training.device)
     amp = resolve_amp(config.training.amp, device)
     loader = resolve_loader(config.data.loader, device)
+    # evaluation prepares its scans by the run's settings, so they name the plane that was annotated
+    config = replace(config, data=replace(config.data, plane=annotated_plane(config.data)))
     dataset = load(config, console)
     state = State(config, device, amp)
     if resume:

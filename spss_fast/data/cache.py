@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,13 @@ import SimpleITK as sitk
 
 from spss_fast.config import DataSettings
 from spss_fast.data.geometry import Grid, resample, to_image
-from spss_fast.data.layouts import Case, read_case
+from spss_fast.data.images import files_of
+from spss_fast.data.layouts import Case, read_case, read_label
 from spss_fast.data.parallel import parallel
 from spss_fast.data.preparation import foreground, prepare_scan
 from spss_fast.errors import UserError
 
-FORMAT = 1  # raised whenever the same scan and settings would be prepared differently
+FORMAT = 2  # raised whenever the same scan and settings would be prepared differently
 
 
 @dataclass
@@ -73,20 +74,21 @@ class PreparedCase:
         position[self.slice_axis()] = index
         return int(np.floor(self.grid.index(self.source.point(position))[2] + 0.5))
 
-    def annotation_from_source(self, index: int, settings: DataSettings) -> np.ndarray:
-        """Slice ``index`` of the original file's label, (H, W) uint8 0/1 on the prepared grid's in-plane lattice.
+    def annotation_from_source(self, index: int, settings: DataSettings, label: Path | None = None) -> np.ndarray:
+        """Slice ``index`` of the original file's label, (H, W) uint8 0/1 on the prepared grid's in-plane lattice; of
+        the file ``label`` on the same grid, where it is given.
 
         Resampling the whole label would fall between slices where it shrinks their number, and find nothing where
         only this one is annotated.
         """
-        scan = read_case(self.case)
+        whole, grid = read_label(replace(self.case, label=label or self.case.label), self.source, settings.plane)
         position = (np.array(self.source.size) - 1) / 2
         position[self.slice_axis()] = index
-        here = int(np.rint(scan.grid.index(self.source.point(position))[2]))
-        slab = scan.grid.cropped((0, 0, here), (*scan.grid.size[:2], 1))
+        here = int(np.rint(grid.index(self.source.point(position))[2]))
+        slab = grid.cropped((0, 0, here), (*grid.size[:2], 1))
         along = (np.array(slab.origin) - self.grid.origin) @ self.grid.axes[:, 2] / self.grid.spacing[2]
         target = self.grid.cropped((0, 0, along), (*self.grid.size[:2], 1))
-        return resample(foreground(scan.label[:, :, here : here + 1], settings), slab, target, linear=False)[:, :, 0]
+        return resample(foreground(whole[:, :, here : here + 1], settings), slab, target, linear=False)[:, :, 0]
 
 
 def cache_root(settings: DataSettings) -> Path:
@@ -141,7 +143,7 @@ def _make_root(root: Path) -> None:
 
 def _key(case: Case, settings: DataSettings) -> str:
     """Hash of whatever shapes the prepared volume: format, settings, and the identity of the files."""
-    files = [case.image] + ([case.label] if case.label not in (None, case.image) else [])
+    files = files_of(case.image) + ([case.label] if case.label not in (None, case.image) else [])
     try:
         identity = [(str(path.resolve()), stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()]]
     except OSError as error:
@@ -149,6 +151,7 @@ def _key(case: Case, settings: DataSettings) -> str:
     relevant = {
         "window": settings.window, "body_crop": settings.body_crop, "resample": settings.resample,
         "max_in_plane": settings.max_in_plane, "foreground": sorted(settings.foreground),
+        "plane": settings.plane,
         # config has applied the factor to resample already
         "downsample": settings.downsample if settings.resample is None else None,
     }
@@ -173,7 +176,7 @@ def _load(case: Case, folder: Path) -> PreparedCase | None:
 def _build(case: Case, folder: Path, settings: DataSettings) -> str | None:
     """Prepares one case into ``folder``; returns the message for the user where that is not possible."""
     try:
-        scan = read_case(case)
+        scan = read_case(case, settings.plane)
         image, label, grid = prepare_scan(scan, case, settings)
     except UserError as error:
         return str(error)

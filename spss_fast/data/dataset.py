@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from spss_fast.config import Config
+from spss_fast.data.annotations import check_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import SOURCES, find_cases
 from spss_fast.data.phantom import write_phantoms
@@ -64,7 +65,9 @@ def data_folder(config: Config, console: Console) -> Path:
 def load(config: Config, console: Console) -> Dataset:
     """Find, split, prepare and annotate the cases of a run. Raises ``UserError`` before anything is trained."""
     folder = data_folder(config, console)
-    prepared = prepare(find_cases(config.data.dataset, folder), config.data)
+    found = find_cases(config.data.dataset, folder)
+    check_annotations(found, config.data)  # before hours of preparation
+    prepared = prepare(found, config.data)
     split = make_split(prepared, folder, config)
     cases = {case.name: case for case in prepared}
     annotated = [cases[name] for name in split.train[: config.data.n_labeled]]

@@ -7,10 +7,14 @@ the back, z to the head), as SimpleITK has it. SimpleITK's own arrays come in re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import SimpleITK as sitk
+
+# the patient's axis that the slices of a plane are stacked along
+PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,31 @@ class Grid:
         return replace(self, size=tuple(int(n) for n in size), spacing=tuple(map(float, spacing)),
                        origin=tuple(map(float, self.point(shift))))
 
-    def shrunk(self, factor: int) -> Grid:
-        """Voxels ``factor`` times as wide, beginning at the same corner; the last ones may reach past the border."""
-        size = [math.ceil(n / factor) for n in self.size]
-        return self.cropped((0, 0, 0), np.array(size) * factor).resized(size)
+    def shrunk(self, factor: int | Sequence[int]) -> Grid:
+        """Voxels ``factor`` times as wide (one number, or one per axis), beginning at the same corner; the last ones
+        may reach past the border."""
+        factors = np.broadcast_to(factor, 3)
+        size = [math.ceil(n / f) for n, f in zip(self.size, factors)]
+        return self.cropped((0, 0, 0), np.array(size) * factors).resized(size)
+
+    def turned(self, order: Sequence[int], mirrored: Sequence[bool]) -> Grid:
+        """The same lattice with its axes in another ``order``, those of the result that are ``mirrored`` reversed."""
+        order = list(order)
+        corner = np.zeros(3)
+        corner[order] = np.where(mirrored, np.array(self.size)[order] - 1, 0)
+        axes = self.axes[:, order] * np.where(mirrored, -1.0, 1.0)
+        return Grid(tuple(self.size[axis] for axis in order), tuple(self.spacing[axis] for axis in order),
+                    tuple(map(float, self.point(corner))), tuple(map(float, axes.ravel())))
+
+    def patient_axes(self) -> tuple[int, int, int]:
+        """Per array axis, the patient's axis that it is closest to: 0 right-left, 1 front-back, 2 feet-head."""
+        left = np.abs(self.axes)
+        result = [0, 0, 0]
+        for _ in range(3):  # the closest pair first, as an oblique scan may be nearest to one axis twice
+            patient, axis = np.unravel_index(left.argmax(), left.shape)
+            result[axis] = int(patient)
+            left[patient], left[:, axis] = -1, -1
+        return tuple(result)
 
 
 def to_image(array: np.ndarray, grid: Grid) -> sitk.Image:
@@ -73,18 +98,24 @@ def to_array(image: sitk.Image) -> np.ndarray:
     return sitk.GetArrayFromImage(image).transpose(2, 1, 0)
 
 
-def oriented(image: sitk.Image) -> sitk.Image:
-    """The same scan with its array axes along left, back and head, and its slices along the last one.
+def oriented(array: np.ndarray, grid: Grid, plane: str = "auto") -> tuple[np.ndarray, Grid]:
+    """The same scan with its array axes along left, back and head, and its slices along the last one, as a view.
 
-    Slices are axial, unless one axis is sampled more than 1.5 times as coarsely as both others: that one then is the
-    slice axis (coronal and sagittal acquisitions, and files that bring no orientation). No voxel is interpolated.
+    ``plane`` names the slices: ``axial``, ``coronal``, ``sagittal``; ``auto`` takes axial ones, unless one axis is
+    sampled more than 1.5 times as coarsely as both others: that one then is the slice axis (coronal and sagittal
+    acquisitions, and files that bring no orientation). No voxel is interpolated, or copied.
     """
-    image = sitk.DICOMOrient(image, "LPS")
-    spacing = np.array(image.GetSpacing())
+    patient = grid.patient_axes()
+    order = [patient.index(axis) for axis in range(3)]
+    spacing = np.array(grid.spacing)[order]
+    last = PLANES[plane] if plane != "auto" else 2
     coarsest = int(spacing.argmax())
-    if coarsest != 2 and spacing[coarsest] > 1.5 * np.delete(spacing, coarsest).max():
-        image = sitk.PermuteAxes(image, [axis for axis in range(3) if axis != coarsest] + [coarsest])
-    return image
+    if plane == "auto" and spacing[coarsest] > 1.5 * np.delete(spacing, coarsest).max():
+        last = coarsest
+    order = [order[axis] for axis in range(3) if axis != last] + [order[last]]
+    mirrored = [bool(grid.axes[patient[axis], axis] < 0) for axis in order]
+    view = array.transpose(order)[tuple(slice(None, None, -1 if flip else 1) for flip in mirrored)]
+    return view, grid.turned(order, mirrored)
 
 
 def resample(array: np.ndarray, grid: Grid, target: Grid, *, linear: bool, outside: float = 0.0) -> np.ndarray:
@@ -95,6 +126,8 @@ def resample(array: np.ndarray, grid: Grid, target: Grid, *, linear: bool, outsi
     """
     if target == grid:
         return array
+    if not linear and np.allclose(target.direction, grid.direction, atol=1e-9):
+        return _nearest(array, grid, target, outside)
     image = to_image(array, grid)
     if linear:
         # a file's own grid may run along other axes than the grid its scan was prepared on
@@ -110,3 +143,19 @@ def resample(array: np.ndarray, grid: Grid, target: Grid, *, linear: bool, outsi
     reference.SetDirection(target.direction)
     method = sitk.sitkLinear if linear else sitk.sitkNearestNeighbor
     return to_array(sitk.Resample(image, reference, sitk.Transform(), method, float(outside)))
+
+
+def _nearest(array: np.ndarray, grid: Grid, target: Grid, outside: float) -> np.ndarray:
+    """The nearest voxels on a ``target`` along the same axes; of two as near, the later one, whatever rounding says.
+
+    Only what is taken is touched: ITK would first reorder and copy all of a scan.
+    """
+    first, last = (grid.index(target.point(corner)) for corner in ((0, 0, 0), np.array(target.size) - 1))
+    indices, beyond = [], []
+    for start, stop, count, size in zip(first, last, target.size, grid.size):
+        index = np.floor(np.linspace(start, stop, count) + 0.5 + 1e-6).astype(int)
+        beyond.append((index < 0) | (index >= size))
+        indices.append(index.clip(0, size - 1))
+    result = array[np.ix_(*indices)]
+    result[beyond[0]], result[:, beyond[1]], result[:, :, beyond[2]] = outside, outside, outside
+    return result

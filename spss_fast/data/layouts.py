@@ -1,15 +1,13 @@
 """Folders of scans: which cases lie in them, and reading one with its slices along the last axis.
 
-Four layouts are known: the raw left-atrium challenge (``<case>/lgemri.nrrd``, ``laendo.nrrd``), raw KiTS19
+The data sets' own layouts are the raw left-atrium challenge (``<case>/lgemri.nrrd``, ``laendo.nrrd``), raw KiTS19
 (``<case>/imaging.nii.gz``, ``segmentation.nii.gz``) and the two HDF5 ones of the literature (``<case>/mri_norm2.h5``
-and ``<case>.h5``, with ``image`` and ``label``).
+and ``<case>.h5``, with ``image`` and ``label``). Those of ``folders`` come after them: nnU-Net, Medical Segmentation
+Decathlon, and plain files or DICOM series.
 """
 
 from __future__ import annotations
 
-import gzip
-import os
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +15,10 @@ import h5py
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.data.geometry import Grid, oriented, to_array
-from spss_fast.errors import UserError
+from spss_fast.data.folders import FOLDERS
+from spss_fast.data.geometry import Grid, oriented
+from spss_fast.data.images import check_image, check_match, read_grid, read_image, whole_numbers
+from spss_fast.errors import UserError, reason
 
 # layout: (image, label) file names inside a case's folder
 RAW = {"la_raw": ("lgemri.nrrd", "laendo.nrrd"), "kits_raw": ("imaging.nii.gz", "segmentation.nii.gz")}
@@ -27,7 +27,7 @@ LAYOUTS = {
     "la": ("la_h5", "la_raw"),
     "kits": ("kits_raw", "h5"),
     "phantom": ("kits_raw",),
-    "folder": ("la_h5", "la_raw", "kits_raw", "h5"),
+    "folder": ("la_h5", "la_raw", "kits_raw", "h5", *FOLDERS),
 }
 SOURCES = (
     "KiTS19 comes from github.com/neheller/kits19 (clone it, then fetch the scans as it says), LA from the 2018 Atrial "
@@ -37,7 +37,8 @@ SOURCES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One scan on disk; ``label`` is None where there is none, and equals ``image`` in the HDF5 layouts."""
+    """One scan on disk: a file, or the folder of a DICOM series. ``label`` is None where there is none, and equals
+    ``image`` in the HDF5 layouts."""
 
     name: str
     image: Path
@@ -54,7 +55,7 @@ class Case:
 class Scan:
     """A scan in memory, slices along the last axis."""
 
-    image: np.ndarray  # (H, W, D) float32, intensities as stored
+    image: np.ndarray  # (H, W, D), intensities as stored: whole numbers or float32; its memory is in any order
     label: np.ndarray | None  # (H, W, D) uint8, label values as stored
     spacing: tuple[float, float, float]  # mm, in array order
     grid: Grid  # where this array lies
@@ -83,10 +84,14 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
 
 
 def _pattern(layout: str) -> str:
+    if layout in FOLDERS:
+        return FOLDERS[layout].pattern
     return H5[layout] if layout in H5 else f"*/{RAW[layout][0]}"
 
 
 def _cases_of(layout: str, data_dir: Path) -> list[Case]:
+    if layout in FOLDERS:
+        return [Case(*found, layout) for found in FOLDERS[layout].find(data_dir)]
     if layout in H5:
         paths = data_dir.glob(H5[layout])
         return [Case(p.stem if layout == "h5" else p.parent.name, p, p, layout) for p in paths]
@@ -103,102 +108,56 @@ def _cases_of(layout: str, data_dir: Path) -> list[Case]:
     return cases
 
 
-def read_case(case: Case) -> Scan:
+def read_case(case: Case, plane: str = "auto") -> Scan:
     """Read one case.
 
-    The image is float32, the label uint8 with the values of the file, both (H, W, D) with the slices along the last
-    axis (:func:`spss_fast.data.geometry.oriented`); HDF5 arrays are taken as they are. Raises ``UserError`` naming the
-    file where it cannot be read, is not a 3-D scalar image, holds NaN or Inf, or where image and label do not match.
+    The image comes as stored (float64 as float32), the label uint8 with the values of the file, both (H, W, D) with
+    the slices along the last axis (:func:`spss_fast.data.geometry.oriented`, which takes ``plane``); HDF5 arrays are
+    taken as they are with ``auto``. Raises ``UserError`` naming the file where it cannot be read, is not a 3-D scalar
+    image, holds NaN or Inf, or where image and label do not match.
     """
-    return _read_h5(case) if case.layout in H5 else _read_raw(case)
+    if case.layout in H5:
+        return _read_h5(case, plane)
+    array, source = _read_array(case.image)
+    check_image(array, case.image)
+    view, grid = oriented(array, source, plane)
+    label = read_label(case, source, plane)[0] if case.label is not None else None
+    return Scan(view, label, grid.spacing, grid, source)
 
 
-def _read_raw(case: Case) -> Scan:
-    image = _read_image(case.image)
-    turned = oriented(image)
-    array, grid = to_array(turned).astype(np.float32), Grid.of(turned)
-    _check_image(array, case.image)
-    label = None
-    if case.label is not None:
-        mask = _read_image(case.label)
-        _check_match(Grid.of(image), Grid.of(mask), case)
-        # taken over so that rounding in the two headers cannot orient the two files differently
-        mask.CopyInformation(image)
-        label = _whole_numbers(to_array(oriented(mask)), case.label)
-    return Scan(array, label, grid.spacing, grid, Grid.of(image))
+def read_label(case: Case, source: Grid, plane: str = "auto") -> tuple[np.ndarray, Grid]:
+    """The label of a case as :func:`read_case` gives it, without its image, which lies on ``source``; and its grid."""
+    if case.layout in H5 and case.label == case.image:
+        scan = _read_h5(case, plane)
+        return scan.label, scan.grid
+    label, own = _read_array(case.label)
+    check_match(source, own, case.image, case.label)
+    # the scan's own grid, so that rounding in the two headers cannot orient the two files differently
+    return oriented(whole_numbers(label, case.label), source, "axial" if _as_it_is(case, plane) else plane)
 
 
-def _read_image(path: Path) -> sitk.Image:
-    """A 3-D scalar image whose file is complete."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+def source_grid(case: Case) -> Grid:
+    """Where the array of a case's file lies, from its header alone."""
+    if case.layout not in H5:
+        return read_grid(case.image)
     try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise UserError(f"{path} cannot be read as a medical image: {_reason(error)}; fetch the file again") from error
-    if reader.GetDimension() != 3:
-        raise UserError(f"{path} has {reader.GetDimension()} dimensions instead of 3: store one volume per file")
-    if reader.GetNumberOfComponents() != 1:
-        raise UserError(f"{path} holds {reader.GetNumberOfComponents()} values per voxel (a colour image?): store one")
-    if not (np.isfinite(reader.GetSpacing()).all() and min(reader.GetSpacing()) > 0):
-        raise UserError(f"{path} has the voxel spacing {reader.GetSpacing()}: correct its header")
-    _check_nifti(path, reader)
-    try:
-        return reader.Execute()
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged: {_reason(error)}; fetch the file again") from error
+        with h5py.File(case.image) as file:
+            return Grid(tuple(file["image"].shape))
+    except (OSError, KeyError, AttributeError) as error:
+        raise UserError(f"{case.image} cannot be read as HDF5 ({reason(error)}): fetch the file again") from error
 
 
-def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
-    """What the NIfTI reader does not tell: it fills what a truncated file lacks with zeros, and makes NaN zero."""
-    if not reader.HasMetaDataKey("vox_offset"):
-        return
-    voxels = int(np.prod(reader.GetSize(), dtype=np.int64))
-    offset = int(float(reader.GetMetaData("vox_offset")))
-    needed = offset + voxels * int(reader.GetMetaData("bitpix")) // 8
-    kind = {"16": "f4", "64": "f8"}.get(reader.GetMetaData("datatype"))
-    length, bad = -1, 0
-    if kind is None and path.suffix != ".gz":
-        length = path.stat().st_size
-    elif kind is None:
-        with open(path, "rb") as file:
-            file.seek(-4, os.SEEK_END)
-            # a gzip member ends with its content's length modulo 2^32: right in nearly every file, and read at once
-            length = needed if int.from_bytes(file.read(4), "little") == needed % 2**32 else -1
-    if length < needed:
-        length, bad = _scan_nifti(path, offset, needed, kind)
-    if length < needed:
-        raise UserError(f"{path} is truncated: it ends before its last voxel; fetch the file again")
-    _check_finite(bad, path)
+def _as_it_is(case: Case, plane: str) -> bool:
+    return case.layout in H5 and plane == "auto"
 
 
-def _scan_nifti(path: Path, offset: int, needed: int, kind: str | None) -> tuple[int, int]:
-    """Reads the bytes themselves: how many there are up to ``needed``, how many values of ``kind`` are not finite."""
-    length = bad = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            header = file.read(offset)
-            # the header begins with its own size, 348 or 540, in the file's byte order
-            order = "<" if header[:1] in (b"\x5c", b"\x1c") else ">"
-            length = len(header)
-            while length < needed and (block := file.read(min(1 << 24, needed - length))):
-                length += len(block)
-                if kind is not None:
-                    whole = len(block) - len(block) % int(kind[1])
-                    bad += int(np.count_nonzero(~np.isfinite(np.frombuffer(block[:whole], order + kind))))
-            file.read(1)  # past the content: gzip verifies its checksum only there
-    except (EOFError, OSError, zlib.error):
-        return -1, 0
-    return length, bad
+def _read_array(path: Path) -> tuple[np.ndarray, Grid]:
+    """An image's array in the file's own axes and memory order, and its grid."""
+    image = read_image(path)
+    return sitk.GetArrayFromImage(image).transpose(2, 1, 0), Grid.of(image)
 
 
-def _reason(error: RuntimeError) -> str:
-    """The last telling line of an ITK message, without the source file it was raised in."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].removeprefix("sitk::ERROR: ").rstrip(".") if lines else "unknown reason"
-
-
-def _read_h5(case: Case) -> Scan:
+def _read_h5(case: Case, plane: str) -> Scan:
     try:
         with h5py.File(case.image) as file:
             if "image" not in file:
@@ -206,46 +165,16 @@ def _read_h5(case: Case) -> Scan:
             image = np.asarray(file["image"][()], np.float32)
             label = np.asarray(file["label"][()]) if "label" in file else None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{case.image} cannot be read as HDF5 ({_reason(error)}): fetch the file again") from error
+        raise UserError(f"{case.image} cannot be read as HDF5 ({reason(error)}): fetch the file again") from error
     if image.ndim != 3:
         raise UserError(f"{case.image}: image has {image.ndim} dimensions instead of 3; store one volume per file")
-    _check_image(image, case.image)
-    grid = Grid(image.shape)
+    check_image(image, case.image)
+    source = grid = Grid(image.shape)
     if label is not None:
         if label.shape != image.shape:
             raise UserError(f"{case.image}: label {label.shape} does not fit image {image.shape}; export both anew")
-        label = _whole_numbers(label, case.image)
-    return Scan(image, label, grid.spacing, grid, grid)
-
-
-def _check_image(array: np.ndarray, path: Path) -> None:
-    _check_finite(array.size - np.count_nonzero(np.isfinite(array)), path)
-
-
-def _check_finite(bad: int, path: Path) -> None:
-    if bad:
-        raise UserError(f"{path} holds {bad} voxels that are NaN or infinite: replace them by a background value")
-
-
-def _check_match(image: Grid, label: Grid, case: Case) -> None:
-    """Header fields may differ by rounding (a tenth of a voxel), not by more."""
-    for name, one, other, tolerance in (
-        ("size", image.size, label.size, 0),
-        ("spacing", image.spacing, label.spacing, 1e-3 * min(image.spacing)),
-        ("direction", image.direction, label.direction, 1e-3),
-        ("origin", image.origin, label.origin, 0.1 * min(image.spacing)),
-    ):
-        if np.abs(np.subtract(one, other)).max() > tolerance:
-            shown = [tuple(round(value, 3) for value in values) for values in (one, other)]
-            raise UserError(f"{case.label} does not match {case.image.name}: {name} {shown[1]} instead of {shown[0]}; "
-                            "export the label in the scan's own geometry")
-
-
-def _whole_numbers(label: np.ndarray, path: Path) -> np.ndarray:
-    if label.dtype == np.uint8:
-        return label
-    if label.dtype.kind == "b":
-        return label.astype(np.uint8)
-    if not (np.isfinite(label).all() and label.min() >= 0 and label.max() <= 255 and (label == np.round(label)).all()):
-        raise UserError(f"{path} is not a label map: its values must be whole numbers from 0 to 255")
-    return label.astype(np.uint8)
+        label = whole_numbers(label, case.image)
+    if not _as_it_is(case, plane):
+        label = None if label is None else oriented(label, source, plane)[0]
+        image, grid = oriented(image, source, plane)
+    return Scan(image, label, grid.spacing, grid, source)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import SimpleITK as sitk
 
 from spss_fast.config import DataSettings
-from spss_fast.data.geometry import Grid, resample, to_array, to_image
+from spss_fast.data.geometry import Grid, resample, to_array
 from spss_fast.data.layouts import Case, Scan
 from spss_fast.errors import UserError
 
 BODY_HU = -500.0
+SLAB = 1 << 20  # voxels worked on at once
 
 
 def prepare_scan(scan: Scan, case: Case, settings: DataSettings) -> tuple[np.ndarray, np.ndarray | None, Grid]:
@@ -19,29 +22,83 @@ def prepare_scan(scan: Scan, case: Case, settings: DataSettings) -> tuple[np.nda
     HDF5 cases are windowed and cropped already, so only the resampling and the z-score apply to them. Raises
     ``UserError`` for a label without foreground and an image without contrast.
     """
-    image, label = scan.image, None
+    grid, label = target_grid(scan, case, settings), None
     if scan.label is not None:
-        label = foreground(scan.label, settings)
-        if not label.any():
+        # merged where it is small; foreground that only resampling loses is no matter here
+        label = foreground(np.ascontiguousarray(resample(scan.label, scan.grid, grid, linear=False)), settings)
+        if not label.any() and not foreground(scan.label, settings).any():
             values = ", ".join(map(str, settings.foreground)) or "any above 0"
             raise UserError(f"{case.label} holds no foreground (label value {values}): annotate it, or take it away to "
                             "use the scan unlabelled")
-    grid = target_grid(scan, case, settings)
-    if settings.window is not None and not case.preprocessed:
-        low, high = settings.window
-        image = np.clip(image, low, high)
-        image -= np.float32(low)
-        image /= np.float32(high - low)
-    image = resample(image, scan.grid, grid, linear=True, outside=float(image.min()))
-    image = image.astype(np.float32, copy=False)
-    mean, deviation = image.mean(dtype=np.float64), image.std(dtype=np.float64)
+    image = resampled(scan, grid, None if case.preprocessed else settings.window)
+    mean = image.mean(dtype=np.float64)
+    # by slabs, as NumPy would make float64 copies of all of a scan
+    deviation = np.sqrt(sum(np.square(slab - mean).sum() for slab in image) / image.size)
     if deviation < 1e-6 * max(1.0, abs(mean)):
         raise UserError(f"{case.image} has no contrast: all its voxels are {mean:.4g} after preparation; replace the "
                         "scan, or adapt window to its intensities")
-    image = ((image - mean) / deviation).astype(np.float32, order="C")
-    if label is not None:
-        label = np.ascontiguousarray(resample(label, scan.grid, grid, linear=False))
+    for slab in image:
+        slab[:] = (slab - mean) / deviation
     return image, label, grid
+
+
+def resampled(scan: Scan, grid: Grid, window: tuple[float, float] | None) -> np.ndarray:
+    """The image of ``scan`` in ``window``, mapped to [0, 1], and then linearly on ``grid``: (H, W, D) float32 in C
+    order. ``grid`` runs along the axes of the scan's.
+
+    Only the part that ``grid`` covers is ever converted to float32, and where voxels shrink only slab by slab.
+    """
+    factors = np.maximum(np.array(grid.spacing) / scan.grid.spacing + 1e-6, 1).astype(int)
+    corners = np.stack([scan.grid.index(grid.point(corner)) for corner in ((0, 0, 0), np.array(grid.size) - 1)])
+    if np.allclose(grid.spacing, scan.grid.spacing) and np.allclose(corners, corners.round(), atol=1e-3):
+        start, stop = corners[0].round().astype(int), corners[1].round().astype(int) + 1  # a crop
+    else:
+        # two blocks more on either side, for what interpolates at the border; blocks begin at the scan's own corner
+        start = (np.floor(corners[0] / factors).astype(int) - 2) * factors
+        stop = (np.ceil(corners[1] / factors).astype(int) + 3) * factors
+    start, stop = np.maximum(start, 0), np.minimum(stop, scan.image.shape)
+    array = scan.image[tuple(map(slice, start, stop))]
+    part = scan.grid.cropped(start, stop - start)
+    if factors.max() > 1:
+        array, part = block_means(array, factors, window), part.shrunk(factors)
+    else:
+        array = windowed(array, window)
+    if part.size == grid.size and np.allclose([part.spacing, part.origin], [grid.spacing, grid.origin], rtol=1e-6,
+                                              atol=1e-3 * min(grid.spacing) / max(grid.size)):
+        return np.ascontiguousarray(array)
+    return np.ascontiguousarray(resample(array, part, grid, linear=True, outside=float(array.min())))
+
+
+def windowed(image: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
+    """A copy of ``image`` as float32 in C order; with ``window`` clipped to it, and mapped to [0, 1]."""
+    image = image.astype(np.float32, order="C")
+    if window is not None:
+        low, high = window
+        np.clip(image, low, high, out=image)
+        image -= np.float32(low)
+        image /= np.float32(high - low)
+    return image
+
+
+def block_means(image: np.ndarray, factors: Sequence[int], window: tuple[float, float] | None) -> np.ndarray:
+    """Means over blocks of ``factors`` voxels of the windowed ``image``, as float32; the border is repeated to
+    complete the last ones. Goes by slabs of whole blocks, so that memory stays that of one."""
+    sizes = [-(-n // f) for n, f in zip(image.shape, factors)]
+    result = np.empty(sizes, np.float32)
+    along = int(np.abs(image.strides).argmax())  # the axis that is slowest in memory
+    blocks = max(1, SLAB * sizes[along] // image.size)
+    for first in range(0, sizes[along], blocks):
+        cut = [slice(None)] * 3
+        cut[along] = slice(first * factors[along], (first + blocks) * factors[along])
+        slab = windowed(image[tuple(cut)], window)
+        padding = [(0, int(-n % f)) for n, f in zip(slab.shape, factors)]
+        if np.any(padding):
+            slab = np.pad(slab, padding, mode="edge")
+        cut[along] = slice(first, first + blocks)
+        total = sum(slab[tuple(slice(i, None, f) for i, f in zip(offset, factors))].astype(np.float64)
+                    for offset in np.ndindex(*factors))
+        result[tuple(cut)] = total / np.prod(factors)
+    return result
 
 
 def foreground(label: np.ndarray, settings: DataSettings) -> np.ndarray:
@@ -55,7 +112,7 @@ def target_grid(scan: Scan, case: Case, settings: DataSettings) -> Grid:
     grid = scan.grid
     if not case.preprocessed:
         if settings.body_crop:
-            start, stop = body_box(scan.image, grid, case)
+            start, stop = body_box(scan.image, case)
             grid = grid.cropped(start, stop - start)
         if settings.max_in_plane:
             kept = np.array(grid.size)
@@ -66,14 +123,15 @@ def target_grid(scan: Scan, case: Case, settings: DataSettings) -> Grid:
     return grid.shrunk(settings.downsample) if settings.downsample > 1 else grid
 
 
-def body_box(image: np.ndarray, grid: Grid, case: Case) -> tuple[np.ndarray, np.ndarray]:
+def body_box(image: np.ndarray, case: Case) -> tuple[np.ndarray, np.ndarray]:
     """First voxel of the body and the one past its last, per axis, in a CT (H, W, D) in Hounsfield units.
 
     The body is the largest connected component above -500 HU, found at about 128 voxels a side, which is plenty for
     a box and spares most of the time.
     """
     factors = [max(1, n // 128) for n in image.shape]
-    mask = sitk.Cast(sitk.Shrink(to_image(image, grid), factors) > BODY_HU, sitk.sitkUInt8)
+    coarse = image[tuple(slice(f // 2, n - n % f or None, f) for n, f in zip(image.shape, factors))]
+    mask = sitk.GetImageFromArray((coarse > BODY_HU).astype(np.uint8).transpose(2, 1, 0))
     components = to_array(sitk.RelabelComponent(sitk.ConnectedComponent(mask)))
     inside = np.nonzero(components == 1)
     if not inside[0].size:

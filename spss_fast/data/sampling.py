@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from spss_fast.config import Config, DataSettings
+from spss_fast.data.annotations import read_annotations
 from spss_fast.data.cache import PreparedCase
-from spss_fast.data.splits import annotated_slices, read_annotations
+from spss_fast.data.splits import annotated_slices
 
 ATTEMPTS = 16
 
@@ -64,10 +65,14 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
     volumes = []
     for case in cases:
         index, image, full = slices[case.name], torch.from_numpy(case.image), case.label()
-        # a slice named by the user is taken from the file itself, which may have no other
-        mask = case.annotation_from_source(given[case.name], settings) if case.name in given else full[:, :, index]
+        if case.name in given:  # taken from the file itself, which may have no other slice
+            named = given[case.name]
+            mask = case.annotation_from_source(named.index, settings, named.label)
+        else:
+            mask = full[:, :, index]
         annotation = torch.from_numpy(np.array(mask, order="C"))
-        volumes.append(TrainingVolume(case.name, image, index, annotation, torch.from_numpy(full)))
+        reference = None if full is None else torch.from_numpy(full)
+        volumes.append(TrainingVolume(case.name, image, index, annotation, reference))
     return volumes
 
 

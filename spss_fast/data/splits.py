@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from spss_fast.config import Config, DataSettings
+from spss_fast.data.annotations import Annotation, empty_annotations, read_annotations
 from spss_fast.data.cache import PreparedCase
 from spss_fast.errors import UserError
 
@@ -32,7 +32,7 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
 
     With lists: their order is kept; cases that are in no given list make up the other one; with a ``train.list`` that
     names every case, the unlabelled training cases are the test. Without: ``n_test`` labelled cases test, and the
-    order of the others is drawn; cases that the annotation CSV names come first in training, cases without any label
+    order of the others is drawn; cases that ``annotations`` names come first in training, cases without any label
     last. A case's place in the draw depends on its own name and the seed only. Raises ``UserError`` for names without
     a scan, for overlap, and where too few volumes are left to train on.
     """
@@ -43,13 +43,13 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
     drawn = sorted(known, key=lambda name: hashlib.sha256(f"{training.seed}:{name}".encode()).digest())
     if train is not None and test is not None and (both := sorted(set(train) & set(test))):
         raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
+    named = read_annotations(settings)
     held_out = True
     if train is not None and test is None:
         test = sorted(set(known) - set(train))
         if not test:
             test, held_out = train[settings.n_labeled :], False
     elif train is None:
-        named = set(read_annotations(settings)) if settings.annotations else set()
         if test is None:
             test = [name for name in drawn if known[name].has_label and name not in named][: settings.n_test]
         rank = {name: 0 if name in named else 1 if known[name].has_label else 2 for name in known}
@@ -62,11 +62,15 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
             f"{data_dir} leaves {len(train)} volumes to train on ({len(known)} in all, {len(test) if held_out else 0} "
             f"for testing), but n_labeled = {settings.n_labeled} and batch_unlabeled = {training.batch_unlabeled} need "
             f"{needed}: add scans, or lower n_labeled or n_test")
-    bare = [name for name in train[: settings.n_labeled] if not known[name].has_label]
+    bare = [name for name in train[: settings.n_labeled] if not known[name].has_label and (
+        name not in named or named[name].label is None)]
     if bare:
+        empty = empty_annotations(settings)
+        still = f"; still empty: {', '.join(empty[:4])}{', ...' * (len(empty) > 4)}" if empty else ""
         raise UserError(
             f"{known[bare[0]].case.image} is of the first n_labeled = {settings.n_labeled} training cases but has no "
-            f"label ({len(bare)} such): annotate a slice of it, or lower n_labeled")
+            f"label ({len(bare)} such{still}): annotate a slice of it, or lower n_labeled to "
+            f"{settings.n_labeled - len(bare)}")
     return Split(train, test, held_out)
 
 
@@ -91,41 +95,12 @@ def _read_list(path: Path, known: dict[str, PreparedCase]) -> list[str] | None:
     return names
 
 
-def read_annotations(settings: DataSettings) -> dict[str, int]:
-    """The CSV ``settings.annotations``: case name to slice index in the original file; empty where none is set."""
-    if not settings.annotations:
-        return {}
-    path = Path(settings.annotations).expanduser()
-    slices: dict[str, int] = {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, skipinitialspace=True)
-            if not {"case", "slice"} <= set(rows.fieldnames or ()):
-                raise UserError(f"{path} must begin with the line case,slice")
-            for row in rows:
-                name = (row["case"] or "").strip()
-                if name in slices:
-                    raise UserError(f"{path}, line {rows.line_num}: {name} is there twice; keep one slice per case")
-                try:
-                    slices[name] = int(row["slice"])
-                except (TypeError, ValueError) as error:
-                    shown = f"slice {row['slice']!r} is not a whole number"
-                    raise UserError(f"{path}, line {rows.line_num}: {shown}; correct it") from error
-    except OSError as error:
-        raise UserError(f"cannot read the annotation file {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is not a CSV file of case,slice: {error}") from error
-    if not slices:
-        raise UserError(f"{path} names no slice: add a line case,slice per annotated case, or leave annotations unset")
-    return slices
-
-
 def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: int) -> dict[str, int]:
     """The annotated slice of each annotated case, as an index of its prepared volume's last axis.
 
-    Taken from the annotation CSV where it names the case, else drawn uniformly from the middle three fifths of the
-    slices that hold foreground, by seed and case name. Raises ``UserError`` for rows of the CSV that name no annotated
-    case, a slice that does not exist, or one without foreground.
+    Taken from ``annotations`` (a CSV or a folder) where that names the case, else drawn uniformly from the middle three
+    fifths of the slices that hold foreground, by seed and case name. Raises ``UserError`` for a case that is named but
+    not one of ``cases``, a slice that does not exist, that lies in another plane, or that is without foreground.
     """
     given = read_annotations(settings)
     unknown = [name for name in given if name not in {case.name for case in cases}]
@@ -139,14 +114,25 @@ def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: in
     }
 
 
-def _given_slice(case: PreparedCase, index: int, settings: DataSettings) -> int:
-    count = case.source.size[case.slice_axis()]
+def _given_slice(case: PreparedCase, annotation: Annotation, settings: DataSettings) -> int:
+    index, axis = annotation.index, case.slice_axis()
+    if annotation.axis not in (None, axis):
+        raise UserError(f"{settings.annotations}: {case.name} is annotated along axis {annotation.axis} of its file, "
+                        f"but its slices lie along axis {axis}: set plane to that of the annotation")
+    count = case.source.size[axis]
     if not 0 <= index < count:
         raise UserError(f"{settings.annotations}: slice {index} of {case.name} does not exist; its last is {count - 1}")
+    file = annotation.label or case.case.label
+    if file is None:
+        raise UserError(f"{settings.annotations} names slice {index} of {case.name}, but {case.case.image} has no "
+                        "label: add the label that holds the slice")
     prepared = case.slice_from_source(index)
-    if not 0 <= prepared < case.grid.size[2] or not case.annotation_from_source(index, settings).any():
-        raise UserError(f"{settings.annotations}: slice {index} of {case.name} holds no foreground in "
-                        f"{case.case.label}; name the slice that is annotated")
+    if not 0 <= prepared < case.grid.size[2]:
+        raise UserError(f"{settings.annotations}: slice {index} of {case.name} lies outside of what is left of its "
+                        "scan: annotate a slice within the body, or turn body_crop off")
+    if not case.annotation_from_source(index, settings, annotation.label).any():
+        raise UserError(f"{settings.annotations}: slice {index} of {case.name} holds no foreground in {file}; name the "
+                        "slice that is annotated")
     return prepared
 
 

@@ -25,9 +25,9 @@ def reads(monkeypatch):
     """The names of the cases that were read from their files, in order."""
     names = []
 
-    def counted(case):
+    def counted(case, plane):
         names.append(case.name)
-        return original(case)
+        return original(case, plane)
 
     original = cache.read_case
     monkeypatch.setattr(cache, "read_case", counted)

@@ -80,34 +80,61 @@ def test_outside_value_fills_beyond_the_border():
     np.testing.assert_array_equal(resample(array, Grid((4, 4, 4)), wider, linear=True, outside=-3.0)[:2], -3.0)
 
 
-def image_of(size, spacing, direction):
-    image = to_image(np.arange(np.prod(size), dtype=np.float32).reshape(size), Grid(size, spacing, direction=direction))
-    return image
+def scan_of(size, spacing, direction):
+    """An array whose values are all different, and its grid."""
+    return np.arange(np.prod(size), dtype=np.float32).reshape(size), Grid(size, spacing, direction=direction)
 
 
 def test_kits_orientation_is_turned_to_slices_last_without_interpolation():
-    image = image_of((3, 4, 5), (1.0, 0.8, 0.8), KITS)  # thin slices: only the direction tells which axis they are
-    turned = oriented(image)
-    np.testing.assert_array_equal(to_array(turned), to_array(image).transpose(2, 1, 0)[:, :, ::-1])
-    np.testing.assert_allclose(turned.GetDirection(), np.eye(3).ravel(), atol=1e-12)
+    array, grid = scan_of((3, 4, 5), (1.0, 0.8, 0.8), KITS)  # thin slices: only the direction tells which axis they are
+    turned, now = oriented(array, grid)
+    np.testing.assert_array_equal(turned, array.transpose(2, 1, 0)[:, :, ::-1])
+    np.testing.assert_allclose(now.direction, np.eye(3).ravel(), atol=1e-12)
+    assert np.shares_memory(turned, array)
 
 
 def test_a_file_without_orientation_has_its_slices_along_the_coarse_axis():
-    image = image_of((3, 4, 5), (5.0, 0.7, 0.7), tuple(np.eye(3).ravel()))
-    np.testing.assert_array_equal(to_array(oriented(image)), to_array(image).transpose(1, 2, 0))
+    array, grid = scan_of((3, 4, 5), (5.0, 0.7, 0.7), tuple(np.eye(3).ravel()))
+    np.testing.assert_array_equal(oriented(array, grid)[0], array.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("plane, axis", [("sagittal", 0), ("coronal", 1), ("axial", 2)])
+def test_the_plane_that_is_asked_for_has_its_slices_last(plane, axis):
+    """Whatever the voxels' shape, and in whichever order the file has the axes."""
+    array, grid = scan_of((3, 4, 5), (5.0, 0.7, 0.7), KITS)
+    turned, now = oriented(array, grid, plane)
+    np.testing.assert_allclose(now.axes[:, 2], np.eye(3)[axis], atol=1e-12)
+    at = tuple(np.rint(grid.index(now.point((1, 2, 1)))).astype(int))
+    assert turned[1, 2, 1] == array[at]
 
 
 @pytest.mark.parametrize("spacing", [(0.625, 0.625, 0.625), (0.7, 0.7, 5.0), (0.9, 0.7, 0.6)])
 def test_axial_scans_in_lps_stay_as_they_are(spacing):
-    image = image_of((3, 4, 5), spacing, tuple(np.eye(3).ravel()))
-    np.testing.assert_array_equal(to_array(oriented(image)), to_array(image))
+    array, grid = scan_of((3, 4, 5), spacing, tuple(np.eye(3).ravel()))
+    turned, now = oriented(array, grid)
+    np.testing.assert_array_equal(turned, array)
+    assert now == grid
 
 
-def test_oriented_voxels_stay_where_they_were():
-    image = image_of((3, 4, 5), (2.0, 0.8, 0.9), OBLIQUE)
-    image = sitk.PermuteAxes(image, [2, 0, 1])
-    turned = oriented(image)
-    assert sorted(turned.GetSize()) == sorted(image.GetSize())
-    for index in np.ndindex(turned.GetSize()):
-        point = turned.TransformIndexToPhysicalPoint(index)
-        assert image[image.TransformPhysicalPointToIndex(point)] == turned[index]
+@given(st.integers(0, 2**31))
+def test_orientation_is_that_of_itk(seed):
+    """Oblique scans in any order of axes, as SimpleITK's own filter turns them."""
+    random = np.random.default_rng(seed)
+    rotation = np.linalg.qr(random.normal(size=(3, 3)))[0]
+    rotation[:, 0] *= np.sign(np.linalg.det(rotation))
+    array, grid = scan_of((3, 4, 5), (0.8, 0.9, 0.85), tuple(rotation.ravel()))
+    turned, now = oriented(array, grid)
+    theirs = sitk.DICOMOrient(to_image(array, grid), "LPS")
+    np.testing.assert_array_equal(turned, to_array(theirs))
+    np.testing.assert_allclose(now.direction, theirs.GetDirection(), atol=1e-12)
+    np.testing.assert_allclose(now.origin, theirs.GetOrigin(), atol=1e-9)
+    assert now.spacing == theirs.GetSpacing()
+
+
+def test_nearest_voxels_are_those_of_itk():
+    label = np.random.default_rng(3).integers(0, 200, (12, 13, 14)).astype(np.uint8)
+    grid = Grid(label.shape, (0.8, 0.9, 3.0), (5.0, -3.0, 2.0), OBLIQUE)
+    for target in (grid.resized((5, 29, 9)), grid.cropped((-2, 3, 4), (9, 12, 5)).resized((7, 8, 4))):
+        reference = to_image(np.zeros(target.size, np.uint8), target)
+        theirs = sitk.Resample(to_image(label, grid), reference, sitk.Transform(), sitk.sitkNearestNeighbor, 7.0)
+        np.testing.assert_array_equal(resample(label, grid, target, linear=False, outside=7.0), to_array(theirs))

@@ -98,7 +98,7 @@ def test_body_box_holds_the_body_and_leaves_the_table_out():
     image[((x - 80) / 50) ** 2 + ((y - 60) / 40) ** 2 < 1] = 30
     image[20:140, 120:124] = 200  # a table, apart from the body
     image += np.random.default_rng(0).normal(0, 20, image.shape)
-    start, stop = body_box(image, Grid(image.shape), Case("x", None, None, "kits_raw"))
+    start, stop = body_box(image, Case("x", None, None, "kits_raw"))
     np.testing.assert_allclose(start, [30, 20, 0], atol=2)
     np.testing.assert_allclose(stop, [131, 101, 40], atol=2)
 

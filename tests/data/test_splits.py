@@ -5,11 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from spss_fast.data.annotations import read_annotations
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.sampling import training_volumes
-from spss_fast.data.splits import annotated_slices, make_split, read_annotations
+from spss_fast.data.splits import annotated_slices, make_split
 from spss_fast.errors import UserError
 from tests.data.writing import ball, prepared, settings_of, write_image, write_kits, write_la
 

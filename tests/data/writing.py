@@ -25,6 +25,33 @@ def write_image(path: Path, array: np.ndarray, spacing=(1.0, 1.0, 1.0), directio
     sitk.WriteImage(image, str(path), useCompression=path.suffix != ".nii")
 
 
+def write_series(
+    folder: Path, array: np.ndarray, spacing=(0.8, 0.9, 3.0), axes=((1, 0, 0), (0, 1, 0)), along=(0, 0, 1), uid="1.2.3",
+    modality="CT", skip=(), first=0,
+):
+    """Writes ``array``, its slices last, as a DICOM series: a file per slice, but for those in ``skip``.
+
+    ``axes`` are the directions of columns and rows, ``along`` that in which slices follow each other ``spacing[2]`` mm
+    apart; files are numbered from ``first``, against the order of their positions.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    for k in set(range(array.shape[2])) - set(skip):
+        image = sitk.GetImageFromArray(np.ascontiguousarray(array[:, :, k].T.astype(np.int16))[None])
+        image.SetSpacing(spacing)
+        text = "\\".join
+        for tag, value in {
+            "0008|0060": modality, "0008|0018": f"{uid}.{first + k + 1}", "0020|000d": f"{uid}.1000", "0020|000e": uid,
+            "0020|0013": str(k + 1), "0020|0032": text(str(k * spacing[2] * part) for part in along),
+            "0020|0037": text(str(part) for axis in axes for part in axis), "0018|0050": str(spacing[2]),
+            "0028|0030": f"{spacing[1]}\\{spacing[0]}", "0028|1052": "-1024", "0028|1053": "1",
+        }.items():
+            image.SetMetaData(tag, value)
+        writer.SetFileName(str(folder / f"{first + array.shape[2] - k:04d}.dcm"))
+        writer.Execute(image)
+
+
 def ball(shape=(40, 36, 24), seed=0) -> tuple[np.ndarray, np.ndarray]:
     """An MR-like image (uint8) of a bright ball, and its label (uint8, 0/1); the ball differs with the seed."""
     random = np.random.default_rng(seed)

@@ -1,0 +1,176 @@
+"""Reading one 3-D scan or label map: a NIfTI, NRRD or MetaImage file, or the folder of a DICOM series.
+
+Whatever cannot be used ends in a ``UserError`` that names the file and the mend.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from spss_fast.data.dicom import read_series, series_grid
+from spss_fast.data.geometry import Grid
+from spss_fast.errors import UserError, reason
+
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+
+
+def stem(path: Path) -> str:
+    """The file's name without its ending, ``.nii.gz`` being one; empty where it ends in none of ``ENDINGS``."""
+    ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
+    return path.name[: -len(ending)] if ending else ""
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that make up the image at ``path``: those of a DICOM folder, a ``.mhd`` header with its data."""
+    if path.is_dir():
+        return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    if path.suffix.lower() == ".mhd":
+        return sorted({path, *path.parent.glob(path.stem + ".*raw")})
+    return [path]
+
+
+def read_image(path: Path) -> sitk.Image:
+    """A 3-D scalar image whose file, or series, is complete; float64 comes as float32, other types as stored."""
+    if path.is_dir():
+        return read_series(path)
+    reader = _header(path)
+    if reader.GetPixelID() == sitk.sitkFloat64:
+        reader.SetOutputPixelType(sitk.sitkFloat32)
+    _check_nifti(path, reader)
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged: {reason(error)}; fetch the file again") from error
+
+
+def read_grid(path: Path) -> Grid:
+    """The grid of an image, from its header alone."""
+    if path.is_dir():
+        return series_grid(path)
+    reader = _header(path)
+    return Grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def _header(path: Path) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        if "spacing" in str(error).lower():
+            raise UserError(f"{path} has a voxel spacing of zero: correct its header") from error
+        raise UserError(f"{path} cannot be read as a medical image: {reason(error)}; fetch the file again") from error
+    if reader.GetDimension() != 3:
+        raise UserError(f"{path} has {reader.GetDimension()} dimensions instead of 3: store one volume per file")
+    if reader.GetNumberOfComponents() != 1:
+        raise UserError(f"{path} holds {reader.GetNumberOfComponents()} values per voxel (a colour image?): store one")
+    for spacing in (reader.GetSpacing(), _nifti_spacing(path)):
+        if not (np.isfinite(spacing).all() and np.all(np.abs(spacing) > 0)):
+            shown = tuple(round(float(side), 4) for side in spacing)
+            raise UserError(f"{path} has the voxel spacing {shown}: correct its header")
+    return reader
+
+
+def _nifti_spacing(path: Path) -> tuple[float, ...]:
+    """The spacing as a NIfTI header has it, where ITK makes 1 mm of 0; empty for other files."""
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        return ()
+    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
+        header = file.read(168)
+    # a header begins with its own size, in the file's byte order: 348 of NIfTI-1, 540 of NIfTI-2
+    for order in "<>":
+        form = {348: ("3f", 80), 540: ("3d", 112)}.get(struct.unpack_from(order + "i", header)[0])
+        if form is not None:
+            return struct.unpack_from(order + form[0], header, form[1])
+    return ()
+
+
+def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
+    """What the NIfTI reader does not tell: it fills what a truncated file lacks with zeros, and makes NaN zero."""
+    if not reader.HasMetaDataKey("vox_offset"):
+        return
+    voxels = int(np.prod(reader.GetSize(), dtype=np.int64))
+    offset = int(float(reader.GetMetaData("vox_offset")))
+    needed = offset + voxels * int(reader.GetMetaData("bitpix")) // 8
+    kind = {"16": "f4", "64": "f8"}.get(reader.GetMetaData("datatype"))
+    length, bad = -1, 0
+    if kind is None and path.suffix != ".gz":
+        length = path.stat().st_size
+    elif kind is None:
+        with open(path, "rb") as file:
+            file.seek(-4, os.SEEK_END)
+            # a gzip member ends with its content's length modulo 2^32: right in nearly every file, and read at once
+            length = needed if int.from_bytes(file.read(4), "little") == needed % 2**32 else -1
+    if length < needed:
+        length, bad = _scan_nifti(path, offset, needed, kind)
+    if length < needed:
+        raise UserError(f"{path} is truncated: it ends before its last voxel; fetch the file again")
+    check_finite(bad, path)
+
+
+def _scan_nifti(path: Path, offset: int, needed: int, kind: str | None) -> tuple[int, int]:
+    """Reads the bytes themselves: how many there are up to ``needed``, how many values of ``kind`` are not finite."""
+    length = bad = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(offset)
+            # the header begins with its own size, 348 or 540, in the file's byte order
+            order = "<" if header[:1] in (b"\x5c", b"\x1c") else ">"
+            length = len(header)
+            while length < needed and (block := file.read(min(1 << 24, needed - length))):
+                length += len(block)
+                if kind is not None:
+                    whole = len(block) - len(block) % int(kind[1])
+                    bad += int(np.count_nonzero(~np.isfinite(np.frombuffer(block[:whole], order + kind))))
+            file.read(1)  # past the content: gzip verifies its checksum only there
+    except (EOFError, OSError, zlib.error):
+        return -1, 0
+    return length, bad
+
+
+def check_image(array: np.ndarray, path: Path) -> None:
+    """Raises ``UserError`` where voxels of the array are NaN or infinite."""
+    if array.dtype.kind == "f":
+        check_finite(array.size - np.count_nonzero(np.isfinite(array)), path)
+
+
+def check_finite(bad: int, path: Path) -> None:
+    """Raises ``UserError`` where ``bad``, the number of voxels that are NaN or infinite, is not 0."""
+    if bad:
+        raise UserError(f"{path} holds {bad} voxels that are NaN or infinite: replace them by a background value")
+
+
+def check_match(image: Grid, label: Grid, image_path: Path, label_path: Path) -> None:
+    """Raises ``UserError`` where a label does not lie on the grid of its image.
+
+    Header fields may differ by rounding (a tenth of a voxel), not by more.
+    """
+    for name, one, other, tolerance in (
+        ("size", image.size, label.size, 0),
+        ("spacing", image.spacing, label.spacing, 1e-3 * min(image.spacing)),
+        ("direction", image.direction, label.direction, 1e-3),
+        ("origin", image.origin, label.origin, 0.1 * min(image.spacing)),
+    ):
+        if np.abs(np.subtract(one, other)).max() > tolerance:
+            shown = [tuple(round(value, 3) for value in values) for values in (one, other)]
+            raise UserError(f"{label_path} does not match {image_path.name}: {name} {shown[1]} instead of {shown[0]}; "
+                            "export the label in the scan's own geometry")
+
+
+def whole_numbers(label: np.ndarray, path: Path) -> np.ndarray:
+    """A label map as uint8, or ``UserError`` where its values are not whole numbers from 0 to 255."""
+    if label.dtype == np.uint8:
+        return label
+    if label.dtype.kind == "b":
+        return label.astype(np.uint8)
+    whole = label.dtype.kind in "iu" or (np.isfinite(label).all() and (label == np.round(label)).all())
+    if not (whole and label.min() >= 0 and label.max() <= 255):
+        raise UserError(f"{path} is not a label map: its values must be whole numbers from 0 to 255")
+    return label.astype(np.uint8)

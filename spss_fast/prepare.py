@@ -1,0 +1,176 @@
+"""Prepare a folder of scans: ``python -m spss_fast.prepare --data-dir SCANS [--annotations FOLDER]``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spss_fast import cli
+from spss_fast.config import SECTIONS, Config, DataSettings, resolve
+from spss_fast.data import cache
+from spss_fast.data.annotations import Annotation, common_plane, folder_states
+from spss_fast.data.cache import PreparedCase
+from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_folder, propose, to_toml
+from spss_fast.data.layouts import Case, find_cases
+from spss_fast.data.parallel import parallel
+from spss_fast.errors import UserError
+
+DESCRIPTION = """Measure a folder of scans, write down the settings that suit them as FILE.toml, and prepare the
+volumes, so that training begins at once. Plain folders of NIfTI, NRRD and MetaImage files (alone, or with labels),
+DICOM series, nnU-Net's raw layout and the Medical Segmentation Decathlon's are recognised. Flags replace what would be
+proposed; with --settings the volumes are prepared by a file that was written and edited before."""
+SKIPPED = ("dataset", "data_dir", "loader", "phantoms")
+
+
+@dataclass
+class Preparation:
+    """What became of a folder: its settings file, the configuration, the prepared volumes, and a line for every file
+    that cannot be used."""
+
+    settings: Path
+    config: Config
+    cases: list[PreparedCase]
+    unusable: list[str]
+
+
+def parse(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Command line to a dictionary; settings that were not given are absent."""
+    parser = cli.Parser(prog="spss_fast.prepare", description=DESCRIPTION)
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of the scans")
+    parser.add_argument("--out", type=Path, metavar="FILE.toml", help="settings file to write (default: named after "
+                        "the data folder, in the working directory)")
+    parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="prepare by this file instead of proposing")
+    other = tuple(item.name for cls in SECTIONS.values() if cls is not DataSettings for item in fields(cls))
+    cli.add_settings(parser, skip=SKIPPED + other)
+    return vars(parser.parse_args(arguments))
+
+
+def prepare_folder(
+    data_dir: Path, out: Path | None = None, settings: Path | None = None, flags: dict[str, Any] | None = None,
+    console: Console | None = None,
+) -> Preparation:
+    """Measures the scans in ``data_dir``, writes the settings that suit them to ``out``, and prepares the volumes.
+
+    ``flags`` are data settings that replace proposed ones. With ``settings``, a file written before, nothing is
+    measured or written, and the volumes are prepared by that file. Scans and annotations that cannot be used are left
+    out, each with a line in the result. Raises ``UserError`` where nothing can be prepared, ``out`` exists already, or
+    annotations are of different planes.
+    """
+    console, flags, data_dir = console or Console(), dict(flags or {}), Path(data_dir)
+    if settings is None:
+        out = out or Path(f"{data_dir.resolve().name}.toml")
+        if out.exists():
+            raise UserError(f"{out} exists already: prepare by it with --settings {out}, or choose another --out")
+    elif out is not None:
+        raise UserError("--settings prepares by a file, --out writes one: give one of them")
+    cases = find_cases("folder", data_dir)
+    config = resolve("folder", flags, settings)
+    unusable = []
+    if config.data.annotations:
+        flags["annotations"] = str(Path(config.data.annotations).expanduser().resolve())
+        unusable += _annotated(cases, config, flags, console)
+        config = resolve("folder", flags, settings)
+    if settings is None:
+        flags["data_dir"] = str(data_dir.resolve())
+        measured, failures = _measure(cases, config, data_dir)
+        unusable += failures.values()
+        if not measured:
+            raise UserError(f"none of the {len(cases)} scans in {data_dir} can be used: {unusable[0]}")
+        cases = [case for case in cases if case.name not in failures]
+        _write(out, measured, data_dir, flags, unusable, console)
+        config = resolve("folder", {}, out)
+    prepared, failures = _prepare(cases, config)
+    unusable += failures
+    return Preparation(out or settings, config, prepared, unusable)
+
+
+def _annotated(cases: list[Case], config: Config, flags: dict[str, Any], console: Console) -> list[str]:
+    """Says which cases are annotated, and sets the plane; returns a line for every annotation that cannot be used."""
+    folder = Path(flags["annotations"])
+    if not folder.is_dir():
+        return []
+    states = folder_states(folder, config.data, cases)
+    good = {name: state for name, state in states.items() if isinstance(state, Annotation)}
+    empty = [name for name, state in states.items() if state is None]
+    console.print(f"{len(good)} of {len(states)} annotations in {folder} are there", highlight=False, soft_wrap=True)
+    for name, annotation in good.items():
+        values = ", ".join(map(str, annotation.values))
+        console.print(f"  {name}: {annotation.plane} slice {annotation.index} (axis {annotation.axis} of the file), "
+                      f"label value {values}", highlight=False, soft_wrap=True)
+    if empty:
+        console.print(f"  still empty: {', '.join(empty)}", highlight=False, soft_wrap=True)
+    if good:
+        plane = common_plane(good)
+        if config.data.plane not in ("auto", plane):
+            raise UserError(f"setting plane = {config.data.plane}, but {folder} is annotated in the {plane} plane: "
+                            "leave plane at auto")
+        flags["plane"] = plane
+        flags.setdefault("n_labeled", len(good))
+    return [state for state in states.values() if isinstance(state, str)]
+
+
+def _measure(cases: list[Case], config: Config, data_dir: Path) -> tuple[list[Measured], dict[str, str]]:
+    """The scans that can be used, as measured, and by case name what is wrong with the others."""
+    said = modality_of_folder(data_dir)
+    results = dict(parallel(measure, [(case, said, config.data) for case in cases], config.data.workers,
+                            "measuring scans"))
+    measured = [results[i] for i in range(len(cases)) if isinstance(results[i], Measured)]
+    return measured, {case.name: results[i] for i, case in enumerate(cases) if isinstance(results[i], str)}
+
+
+def _write(
+    out: Path, measured: list[Measured], data_dir: Path, flags: dict[str, Any], unusable: list[str], console: Console
+) -> None:
+    given = {name: getattr(resolve("folder", flags).data, name) for name in flags}
+    annotated = given.get("n_labeled", 0) if given.get("annotations") else 0
+    proposal = propose(measured, data_dir, given, annotated)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(to_toml(measured, proposal, unusable), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
+    console.print(f"{len(measured)} scans", highlight=False)
+    for line in [*describe(measured), *(f"look at: {remark}" for remark in proposal.remarks)]:
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
+    shown = ("window", "body_crop", "resample", "patch", "n_labeled", "n_test")
+    text = ", ".join(f"{name} {proposal.values[name]}" for name in shown)
+    console.print(f"proposed in {out}: {text}", highlight=False, soft_wrap=True)
+
+
+def _prepare(cases: list[Case], config: Config) -> tuple[list[PreparedCase], list[str]]:
+    """The prepared volumes, and what is wrong with those that cannot be: all in one go where all is well."""
+    try:
+        return cache.prepare(cases, config.data), []
+    except UserError:
+        prepared, failures = [], []
+        for case in cases:  # the good ones are in the cache by now
+            try:
+                prepared += cache.prepare([case], config.data, progress=False)
+            except UserError as error:
+                failures.append(str(error))
+        return prepared, failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; exit status 1 where a file could not be used."""
+    given = parse(arguments)
+    console = Console()
+    result = prepare_folder(given.pop("data_dir"), given.pop("out"), given.pop("settings"), given, console)
+    where = cache.cache_root(result.config.data)
+    console.print(f"{len(result.cases)} volumes prepared in {where}", highlight=False, soft_wrap=True)
+    for line in result.unusable:
+        console.print(f"cannot be used: {line}", highlight=False, soft_wrap=True, markup=False)
+    if result.unusable:
+        console.print(f"{len(result.unusable)} files cannot be used: mend them or take them away, or training will "
+                      "stop at them", highlight=False, soft_wrap=True)
+        return 1
+    console.print(f"train with: python -m spss_fast.train --dataset folder --settings {result.settings} --out runs/"
+                  f"{result.settings.stem}", highlight=False, soft_wrap=True, markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

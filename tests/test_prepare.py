@@ -1,0 +1,114 @@
+"""The command on folders as scanners and annotators leave them, up to a training run without any full label."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from spss_fast import prepare, train
+from spss_fast.config import resolve
+from spss_fast.data.fingerprint import known_modality
+from spss_fast.data.images import read_grid
+from spss_fast.errors import UserError
+from tests.data.test_annotations import annotate
+from tests.data.writing import ball, write_image, write_series
+
+SMALL = {
+    "filters": 2, "iterations": 1, "registration_epochs": 1, "registration_steps": 1, "registration_pairs": 2,
+    "passes": 2, "negatives": 5, "log_every": 1, "refresh_batches": 1, "amp": "off", "device": "cpu",
+}
+
+
+def run(tmp_path, data, **flags):
+    flags = {"cache_dir": str(tmp_path / "cache"), "workers": 1, **flags}
+    return prepare.prepare_folder(data, tmp_path / "mine.toml", flags=flags, console=Console(quiet=True))
+
+
+def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsys, monkeypatch):
+    """Coronal slices are annotated, in another folder; no scan has a full label anywhere."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("abcde"):
+        image, label = ball((40, 36, 36), i)
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+        if name in "bd":
+            annotate(tmp_path / "todo", name, 1, 18, label)
+    write_image(tmp_path / "todo" / "e" / "annotation.nii.gz", np.zeros_like(label))
+    arguments = ["--data-dir", "scans", "--annotations", "todo", "--cache-dir", "cache", "--workers", "1"]
+    assert prepare.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 3 annotations in" in shown and "still empty: e" in shown and "b: coronal slice 18 (axis 1" in shown
+    config = resolve("folder", SMALL, tmp_path / "scans.toml")
+    assert config.data.plane == "coronal" and (config.data.n_labeled, config.data.n_test) == (2, 0)
+    assert config.data.patch == (32, 32, 32)
+    train.train(config, tmp_path / "run", console=Console(quiet=True))
+    recorded = json.loads((tmp_path / "run" / "cases.json").read_text())
+    assert recorded["annotated"] == {"b": 18, "d": 18}
+    with pytest.raises(UserError, match=r"scans.toml exists already: prepare by it with --settings"):
+        prepare.main(arguments)
+    assert prepare.main(["--data-dir", "scans", "--settings", "scans.toml"]) == 0  # as it was edited
+
+
+def test_a_real_ct(scans, tmp_path):
+    data = tmp_path / "ct"
+    for source, name in (("ct_sm", "p1"), ("seg", "p1_seg"), ("ct", "p2")):
+        data.mkdir(exist_ok=True)
+        (data / f"{name}.nii.gz").write_bytes((scans("ct") / f"example_{source}.nii.gz").read_bytes())
+    result = run(tmp_path, data, foreground="2,3")
+    settings = result.config.data
+    assert settings.window == (-160.0, 240.0) and settings.resample is None and settings.foreground == (2, 3)
+    assert all(side % 16 == 0 for side in settings.patch)
+    assert all(side <= n for case in result.cases for side, n in zip(settings.patch, case.image.shape))
+    text = result.settings.read_text()
+    assert "modality: CT 2" in text and "RAS 2" in text
+    assert not result.unusable and [case.has_label for case in result.cases] == [True, False]
+
+
+def test_real_la_gets_the_published_patch(scans, tmp_path):
+    """The three narrowest of the 80 set it."""
+    folders = [path for path in scans("la_raw").iterdir() if path.is_dir()]
+    folders.sort(key=lambda path: (min(read_grid(path / "lgemri.nrrd").size[:2]), path.name))
+    (tmp_path / "la").mkdir()
+    for name in (path.name for path in folders[:3]):
+        (tmp_path / "la" / name).symlink_to(scans("la_raw") / name)
+    result = run(tmp_path, tmp_path / "la")
+    assert result.config.data.patch == (112, 112, 80)
+    assert result.config.data.window is None and not result.config.data.body_crop
+
+
+def test_bad_files_are_listed_and_the_others_prepared(tmp_path):
+    image = ball((40, 36, 34))[0]
+    for name in "abc":
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+    (tmp_path / "scans" / "b.nii.gz").write_bytes(b"spoiled" * 50)
+    write_series(tmp_path / "scans" / "d", image, skip=(4,), modality="MR")
+    result = run(tmp_path, tmp_path / "scans")
+    assert [case.name for case in result.cases] == ["a", "c"]
+    assert len(result.unusable) == 2
+    assert "b.nii.gz cannot be read" in result.unusable[0] and "d lacks slices" in result.unusable[1]
+    assert f"# left out: {tmp_path}" in result.settings.read_text()
+
+
+def test_decathlon_says_its_modality_and_labels(tmp_path):
+    image, label = ball((40, 36, 34))
+    write_image(tmp_path / "d" / "imagesTr" / "x_1.nii.gz", image)
+    write_image(tmp_path / "d" / "labelsTr" / "x_1.nii.gz", label * 2)
+    (tmp_path / "d" / "dataset.json").write_text(json.dumps(
+        {"modality": {"0": "MRI"}, "labels": {"0": "background", "1": "ignore", "2": "atrium"}}))
+    text = run(tmp_path, tmp_path / "d").settings.read_text()
+    assert "modality: MR 1" in text and "2 (atrium) in 1 of 1" in text and "concluded" not in text
+
+
+def test_uneven_spacings_are_resampled_to_one_grid(tmp_path):
+    random = np.random.default_rng(0)
+    for i, thickness in enumerate((1.0, 2.5, 5.0)):
+        image = random.integers(0, 255, (48, 48, 40 // (i + 1))).astype(np.uint8)
+        write_image(tmp_path / "s" / f"{i}.mha", image, (1.0, 1.0, thickness))
+    result = run(tmp_path, tmp_path / "s")
+    assert result.config.data.resample and all(side % 16 == 0 for side in result.config.data.resample)
+    assert {case.image.shape for case in result.cases} == {result.config.data.resample}
+
+
+@pytest.mark.parametrize("text, expected", [("CT", "CT"), ("MRI", "MR"), ("FLAIR", "MR"), ("PT", "other"), ("", "")])
+def test_names_of_modalities(text, expected):
+    assert known_modality(text) == expected
