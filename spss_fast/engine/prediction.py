@@ -66,7 +66,7 @@ def segment(
 
 def _prepared(case: Case, settings: DataSettings) -> tuple[np.ndarray, Grid, Grid]:
     """The prepared image, its grid and the file's; the scan as it was read is let go of."""
-    scan = read_case(case)
+    scan = read_case(case, settings.plane)
     image, _, grid = prepare_scan(scan, case, settings)
     return image, grid, scan.source
 
