@@ -33,10 +33,11 @@ class Parser(argparse.ArgumentParser):
 def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:
     """One flag per setting, grouped by concern. A flag that is not given is absent from the parsed namespace."""
     for section, cls in SECTIONS.items():
+        items = [item for item in fields(cls) if item.name not in skip]
+        if not items:
+            continue
         group = parser.add_argument_group(section, cls.__doc__)
-        for item in fields(cls):
-            if item.name in skip:
-                continue
+        for item in items:
             default = ",".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
             shown = "" if default in (None, "") else f" (unless preset: {default})"
             choices = item.metadata.get("choices")
