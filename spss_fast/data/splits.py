@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
     return Split(train, test, held_out)
 
 
-def read_list(path: Path, known: dict[str, PreparedCase]) -> list[str] | None:
+def read_list(path: Path, known: Collection[str]) -> list[str] | None:
     """Case names, one a line, with or without a file ending; None where there is no such list."""
     if not path.exists():
         return None
