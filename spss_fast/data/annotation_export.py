@@ -30,8 +30,8 @@ from spss_fast.data.cache import PreparedCase
 from spss_fast.data.geometry import Grid, to_image
 from spss_fast.data.layouts import Scan, read_case
 from spss_fast.data.viewers import itksnap_workspace, slicer_scene, slicer_view
-from spss_fast.engine.checkpoint import atomically
 from spss_fast.errors import UserError
+from spss_fast.files import atomically
 
 TABLE = "slices.csv"
 IMAGE, ANNOTATION = "image.nii.gz", "annotation.nii.gz"
@@ -179,13 +179,9 @@ def in_file_axes(scan: Scan) -> np.ndarray:
     return np.flip(scan.image.transpose(order), backwards)
 
 
-# where the fields of a NIfTI header lie, and as what, by its length (NIfTI-1 or 2); scaling: of intensities
-_NIFTI = {
-    348: {"dim": (40, "8h"), "datatype": (70, "h"), "bitpix": (72, "h"), "vox_offset": (108, "f"),
-          "scaling": (112, "2f"), "display": (124, "2f")},
-    540: {"dim": (16, "8q"), "datatype": (12, "h"), "bitpix": (14, "h"), "vox_offset": (168, "q"),
-          "scaling": (176, "2d"), "display": (192, "2d")},
-}
+# where the fields of a NIfTI-1 header lie, and as what; ITK reads no NIfTI-2, so no scan can have such a header
+_DIM = 40, "8h"
+_EMPTY = (70, "h", [2]), (72, "h", [8]), (108, "f", [352]), (112, "2f", [1, 0]), (124, "2f", [0, 0])
 
 
 def write_empty(path: Path, like: Path) -> None:
@@ -195,15 +191,11 @@ def write_empty(path: Path, like: Path) -> None:
     to the last bit; a header that ITK writes anew rounds an oblique direction once more.
     """
     with gzip.open(like) as file:
-        start = file.read(4)
-        order = "<" if int.from_bytes(start, "little") in _NIFTI else ">"
-        size = struct.unpack(order + "i", start)[0]
-        header = bytearray(start + file.read(size - 4))
-    fields = _NIFTI[size]
-    dim = struct.unpack_from(order + fields["dim"][1], header, fields["dim"][0])
-    for name, values in (("datatype", [2]), ("bitpix", [8]), ("vox_offset", [size + 4]), ("scaling", [1, 0]),
-                         ("display", [0, 0])):
-        offset, kind = fields[name]
+        header = bytearray(file.read(348))
+    order = "<" if header[:4] == struct.pack("<i", 348) else ">"
+    dim = struct.unpack_from(order + _DIM[1], header, _DIM[0])
+    # voxel type uint8, its bits, where the voxels begin, no intensity scaling, no display range
+    for offset, kind, values in _EMPTY:
         struct.pack_into(order + kind, header, offset, *values)
     voxels, block = int(np.prod(dim[1 : dim[0] + 1], dtype=np.int64)), bytes(1 << 20)
     with gzip.open(path, "wb", compresslevel=1) as file:
