@@ -29,7 +29,8 @@ from spss_fast.nets.vnet import VNet
 
 DESCRIPTION = """Segment scans with a trained network: label maps in each scan's own geometry and format, into the
 folder OUT. What is there already is skipped; scans that cannot be read are listed at the end, with exit status 1."""
-PREPARATION = ("patch", "plane", "window", "body_crop", "resample", "max_in_plane", "downsample")  # what a scan is prepared by
+# what a scan is prepared by
+PREPARATION = ("patch", "plane", "window", "body_crop", "resample", "max_in_plane", "downsample")
 RECORD = "predict.json"
 
 

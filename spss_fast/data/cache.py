@@ -74,6 +74,14 @@ class PreparedCase:
         position[self.slice_axis()] = index
         return int(np.floor(self.grid.index(self.source.point(position))[2] + 0.5))
 
+    def slice_to_source(self, index: int) -> int:
+        """The file's slice nearest to prepared slice ``index``, the inverse of :meth:`slice_from_source`."""
+        position = (np.array(self.grid.size) - 1) / 2
+        position[2] = index
+        axis = self.slice_axis()
+        here = np.floor(self.source.index(self.grid.point(position))[axis] + 0.5)
+        return int(np.clip(here, 0, self.source.size[axis] - 1))  # a shrunk grid may reach past the last slice
+
     def annotation_from_source(self, index: int, settings: DataSettings, label: Path | None = None) -> np.ndarray:
         """Slice ``index`` of the original file's label, (H, W) uint8 0/1 on the prepared grid's in-plane lattice; of
         the file ``label`` on the same grid, where it is given.

@@ -163,7 +163,7 @@ def _read_h5(case: Case, plane: str) -> Scan:
             if "image" not in file:
                 raise UserError(f"{case.image} holds no data set named image: found {', '.join(file) or 'nothing'}")
             image = np.asarray(file["image"][()], np.float32)
-            label = np.asarray(file["label"][()]) if "label" in file else None
+            label = np.asarray(file["label"][()]) if case.label is not None and "label" in file else None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{case.image} cannot be read as HDF5 ({reason(error)}): fetch the file again") from error
     if image.ndim != 3:

@@ -76,7 +76,11 @@ def _copied(sampler: Sampler, device: torch.device, start: int) -> Generator[Bat
 def ahead(make: Callable[[int], T], start: int) -> Generator[T, None, None]:
     """``make(start)``, ``make(start + 1)``, ... from one thread, :data:`PREFETCH` of them before they are asked for."""
     # of one core: more would take them from the step, and wait for each other
+    threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,)) as thread:
+        thread.submit(torch.get_num_threads).result()
+        # all threads take over what one has set, each library when it first runs a loop: let them find the old number
+        torch.set_num_threads(threads)
         waiting: deque[Future[T]] = deque()
         try:
             for step in count(start):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
     settings, training = config.data, config.training
     known = {case.name: case for case in cases}
     data_dir = Path(data_dir)
-    train, test = (_read_list(data_dir / f"{part}.list", known) for part in ("train", "test"))
+    train, test = (read_list(data_dir / f"{part}.list", known) for part in ("train", "test"))
     drawn = sorted(known, key=lambda name: hashlib.sha256(f"{training.seed}:{name}".encode()).digest())
     if train is not None and test is not None and (both := sorted(set(train) & set(test))):
         raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
@@ -74,7 +75,7 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
     return Split(train, test, held_out)
 
 
-def _read_list(path: Path, known: dict[str, PreparedCase]) -> list[str] | None:
+def read_list(path: Path, known: Collection[str]) -> list[str] | None:
     """Case names, one a line, with or without a file ending; None where there is no such list."""
     if not path.exists():
         return None

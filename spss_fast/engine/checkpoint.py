@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,20 +11,9 @@ import torch
 from spss_fast.config import Config, from_dict, to_dict
 from spss_fast.engine.step import State
 from spss_fast.errors import UserError
+from spss_fast.files import atomically
 
 PARTS = ("student", "teacher", "registration", "sgd", "adam", "scaler", "registration_scaler")
-
-
-def atomically(path: Path, write: Any) -> None:
-    """Call ``write(temporary path)``, then move the result to ``path``: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the name's ending stays: writers of images choose the format by it
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save(state: State, path: Path) -> None:

@@ -1,5 +1,6 @@
 """Loaders: DALI's batches are plain PyTorch's, from any batch on, made ahead, on either device."""
 
+import subprocess
 import sys
 import threading
 import time
@@ -146,10 +147,22 @@ def test_an_error_in_the_thread_is_the_callers():
             next(row)
 
 
-def test_the_threads_of_the_step_stay_its_own(loader):
-    before = torch.get_num_threads()
-    take(2, sampler_of(), CPU, 0, loader)
-    assert torch.get_num_threads() == before
+FIRST_LOOP = """
+import torch
+from spss_fast.data.loader import ahead
+from spss_fast.ops import accumulate_softmax
+torch.set_num_threads(2)
+row = ahead(lambda step: torch.get_num_threads(), 0)
+assert next(row) == 1
+accumulate_softmax(*torch.zeros(2, 1, 2, 64, 64, 64))
+assert torch.get_num_threads() == 2
+row.close()
+"""
+
+
+def test_the_threads_of_the_step_stay_its_own():
+    """Each library reads the number of threads when it first runs a parallel loop, hence a process of its own."""
+    subprocess.run([sys.executable, "-c", FIRST_LOOP], check=True, timeout=120)
 
 
 def test_auto_is_what_was_measured(monkeypatch):

@@ -1,0 +1,110 @@
+"""Suggest what to annotate: ``python -m spss_fast.suggest --data-dir SCANS --out FOLDER --budget 8``."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from spss_fast import cli
+from spss_fast.config import PRESETS, SECTIONS, DataSettings, resolve
+from spss_fast.data.annotation_export import (
+    Suggestion,
+    export_case,
+    read_table,
+    write_readme,
+    write_table,
+)
+from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.layouts import SOURCES, find_cases
+from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbnail
+from spss_fast.data.splits import read_list
+from spss_fast.errors import UserError
+
+DESCRIPTION = """Which volumes to annotate, and which slice of each, as image + empty label pairs that 3D Slicer and
+ITK-SNAP open. Volumes: those that are most like all others (k-medoids of thumbnails). Slice: the one that halves the
+brightness of the middle of the scan. No label is looked at. Run it again with a larger --budget for more volumes: what
+--out already holds stays as it is."""
+# what shapes a prepared image; the rest of the settings has no say here
+USED = ("data_dir", "window", "body_crop", "resample", "max_in_plane", "downsample", "cache_dir", "workers")
+BUDGET = 8
+
+
+def parse(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Command line to a dictionary; settings that were not given are absent."""
+    parser = cli.Parser(prog="spss_fast.suggest", description=DESCRIPTION)
+    parser.add_argument("--dataset", choices=sorted(PRESETS), default="folder", help="data set, and its preset")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to annotate in")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="volumes to annotate, with those in --out already")
+    parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="settings that override the preset")
+    names = [item.name for section in SECTIONS.values() for item in fields(section)]
+    cli.add_settings(parser, skip=tuple(name for name in names if name not in USED))
+    return vars(parser.parse_args(arguments))
+
+
+def choose(cases: list[PreparedCase], count: int, fixed: tuple[str, ...] = ()) -> list[PreparedCase]:
+    """The ``count`` most representative of ``cases``, the ``fixed`` ones (by name) among and before them.
+
+    K-medoids of the prepared images' thumbnails; no label is read. Raises ``ValueError`` as :func:`k_medoids` does.
+    """
+    places = {case.name: place for place, case in enumerate(cases)}
+    between = distances([thumbnail(case.image) for case in cases])
+    return [cases[place] for place in k_medoids(between, count, [places[name] for name in fixed])]
+
+
+def suggest(
+    settings: DataSettings, out: Path, budget: int = BUDGET, console: Console | None = None
+) -> list[Suggestion]:
+    """Fill ``out`` with ``budget`` cases to annotate, and return them: which case, along which axis, which slice.
+
+    The scans of ``settings.data_dir`` compete, but for those that a ``test.list`` there names; their labels, if there
+    are any, are not looked at. Cases that ``out`` already holds count, are kept and are not written to. Raises
+    ``UserError`` where there are too few scans, and for scans or an ``out`` that cannot be used.
+    """
+    console = console or Console()
+    if budget < 1:
+        raise UserError("--budget must be 1 or more")
+    if not settings.data_dir:
+        raise UserError(f"--data-dir is missing: the folder with the scans; {SOURCES}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: choose another --out")
+    folder = Path(settings.data_dir)
+    found = {case.name: case for case in find_cases(settings.dataset, folder)}
+    tested = read_list(folder / "test.list", found) or []
+    listed = read_table(out)
+    wanted = budget - len(listed)
+    if wanted <= 0:
+        console.print(f"{out} already holds {len(listed)} cases to annotate; a larger --budget adds more",
+                      highlight=False, soft_wrap=True)
+        return listed
+    pool = [case for name, case in found.items() if name not in tested]
+    fixed = tuple(item.case for item in listed if item.case in {case.name for case in pool})
+    if wanted > len(pool) - len(fixed):
+        left_out = f", {len(tested)} more are in test.list" if tested else ""
+        raise UserError(f"--budget {budget} needs {wanted} scans more than {out} holds, but {folder} has "
+                        f"{len(pool) - len(fixed)}{left_out}: lower it, or add scans")
+    prepared = prepare([replace(case, label=None) for case in pool], settings)
+    for case in choose(prepared, len(fixed) + wanted, fixed)[len(fixed) :]:
+        place = case.slice_to_source(halving_slice(case.image))
+        item = Suggestion(case.name, case.slice_axis(), place)
+        export_case(out, case, item)
+        listed.append(item)
+        write_table(out, listed)
+        console.print(f"{item.case}: slice {item.slice} along axis {'xyz'[item.axis]}", highlight=False, soft_wrap=True)
+    write_readme(out, listed)
+    console.print(f"annotate one slice in each of the {len(listed)} folders of {out} (README.txt there says how), then "
+                  f"train with --annotations {out} --n-labeled {len(listed)}", highlight=False, soft_wrap=True)
+    return listed
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    given = parse(arguments)
+    dataset, out, budget, file = (given.pop(name) for name in ("dataset", "out", "budget", "settings"))
+    suggest(resolve(dataset, given, file).data, out, budget)
+
+
+if __name__ == "__main__":
+    cli.run(main)
