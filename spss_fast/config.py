@@ -205,7 +205,8 @@ def _scaled(config: Config) -> None:
     and less dropout to get there, and so few iterations leave the network sensitive to a scan's own contrast, which
     statistics of each case take out. Two paces are not shortened as much, because they hand over to a teacher that has
     to have learnt first: lambda's stays, and the teacher's weight in the fused labels grows faster by the factor only
-    (on LA it ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74, with 0.75 and more below 0.67).
+    (on LA it ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74; with 0.75 and more, below
+    0.67).
     """
     factor = config.data.downsample
     if factor == 1:
