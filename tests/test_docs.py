@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from spss_fast import commands, ops
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
@@ -33,8 +35,8 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_files_of_the_project_that_a_page_names_are_there(page):
-    """`spss_fast/ops/warp.py`, `csrc/math/warp.h`, `tests/ops/operator_cases/` ...; names with <...> are templates."""
-    named = re.findall(r"`((?:spss_fast|csrc|kernels|tests|docs|benchmarks)/[\w./-]+)`", page.read_text())
+    """`spss_fast/ops/warp.py`, `csrc/math/warp.h`, `tests/ops/operator_cases/` ..."""
+    named = re.findall(r"`((?:spss_fast|csrc|kernels|tests|docs|benchmarks)/[\w./-]*)`", page.read_text())
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
@@ -49,9 +51,14 @@ def test_the_examples_of_the_operators_run(number, tmp_path, monkeypatch):
     exec(compile(blocks("operators.md")[number], f"operators.md, block {number}", "exec"), {"__name__": "example"})
 
 
-def test_every_public_operator_has_an_example():
-    from spss_fast import ops
+def test_the_example_of_a_new_data_set_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (block,) = blocks("extending.md")
+    exec(compile(block, "extending.md", "exec"), {"__name__": "example"})
 
+
+def test_every_public_operator_has_an_example():
     examples = "\n".join(blocks("operators.md"))
     assert not [name for name in ops.__all__ if not re.search(rf"\b{name}\(", examples)]
 
@@ -60,6 +67,8 @@ def test_the_examples_of_the_commands_run_in_order(tmp_path, monkeypatch):
     """As in one notebook, from an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    examples = blocks("index.md")
+    assert all(f"### {name}\n" in (ROOT / "docs" / "index.md").read_text() for name in commands.COMMANDS)
     namespace = {"__name__": "example"}
-    for number, block in enumerate(blocks("index.md")):
+    for number, block in enumerate(examples):
         exec(compile(block, f"index.md, block {number}", "exec"), namespace)
