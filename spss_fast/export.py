@@ -159,6 +159,8 @@ def _check_formats(formats: Sequence[str]) -> None:
 def _case(run: Path, config: Config, scan: Path | None) -> PreparedCase:
     """The prepared scan of the check: ``scan``, or the run's first test case."""
     if scan is not None:
+        if scan.is_dir():
+            raise UserError(f"--scan {scan} is a folder: give the file of one scan (NIfTI, NRRD, MHA or HDF5)")
         layout = "h5" if scan.suffix == ".h5" else "image"
         return prepare([Case(scan.name.split(".")[0], scan, None, layout)], config.data, progress=False)[0]
     try:

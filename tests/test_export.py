@@ -254,6 +254,8 @@ def test_what_is_missing_is_named(phantom_run, tmp_path):
         export.export(tmp_path, tmp_path / "out", ("state_dict",), console=QUIET)
     with pytest.raises(UserError, match=r"nowhere\.nii\.gz cannot be opened"):
         export.export(phantom_run, tmp_path / "out", ("state_dict",), tmp_path / "nowhere.nii.gz", QUIET)
+    with pytest.raises(UserError, match="is a folder: give the file of one scan"):
+        export.export(phantom_run, tmp_path / "out", ("state_dict",), tmp_path, QUIET)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file cannot be written .*another --out"):
         export.export(phantom_run, tmp_path / "file", ("state_dict",), console=QUIET)
