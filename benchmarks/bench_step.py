@@ -10,6 +10,7 @@ import functools
 
 import pytest
 import torch
+from harness import count_flops
 from torch.nn import functional as F
 
 from spss_fast.config import Config, resolve
@@ -77,8 +78,10 @@ def check_that_both_compute_the_same(device: str) -> None:
 def bench_iteration(measure, device, preset, provider):
     check_that_both_compute_the_same(device)
     config = settings(preset)
-    measure(iteration(provider, config, device), operator="step", case="iteration", size=preset,
-            provider=provider, elements=data(config.data.patch).image.numel(), bytes=0)
+    run = iteration(provider, config, device)
+    measure(run, operator="step", case="iteration", size=preset, provider=provider,
+            elements=data(config.data.patch).image.numel(), bytes=0,
+            flops=count_flops(run) if provider == "spss_fast" else 0)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -94,7 +97,7 @@ def bench_registration(measure, device, preset, provider):
             return registration_steps(state.registration, state.adam, volumes, None, config.registration, state.amp)
 
     measure(run, operator="step", case="10 registration steps", size=preset, provider=provider,
-            elements=volumes.numel(), bytes=0)
+            elements=volumes.numel(), bytes=0, flops=count_flops(run))
 
 
 NETWORKS = ("spss_fast", "plain eager float32", "MONAI VNet float32")
@@ -122,4 +125,4 @@ def bench_network(measure, device, provider):
 
     with backend("reference") if provider == "plain eager float32" else contextlib.nullcontext():
         measure(run, operator="step", case="V-Net forward + backward", size="x".join(map(str, shape)),
-                provider=provider, elements=image.numel(), bytes=0)
+                provider=provider, elements=image.numel(), bytes=0, flops=count_flops(run))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import RESULTS, Row, copy_bandwidth, growth, synchronise, table, time_calls, write
+from harness import RESULTS, Row, copy_bandwidth, growth, matmul_rate, rates, synchronise, table, time_calls, write
 
 ROWS: list[Row] = []
 REPORT = pytest.StashKey[dict]()
@@ -31,7 +31,8 @@ def device(request) -> str:
 
 @pytest.fixture
 def measure(benchmark, device, request):
-    """``measure(run, operator=, case=, size=, provider=, elements=, bytes=)`` times ``run()`` and adds a row."""
+    """``measure(run, operator=, case=, size=, provider=, elements=, bytes=[, flops=])`` times ``run()`` and adds a
+    row."""
 
     def timed(run: Callable[[], object], **what) -> Row:
         if device == "cuda":
@@ -51,9 +52,9 @@ def pytest_sessionfinish(session):
     if not ROWS:
         return
     device = _device(session.config)
-    bandwidth = copy_bandwidth(device)
-    files = write(ROWS, device, bandwidth, session.config.getoption("--bench-results"))
-    session.config.stash[REPORT] = {"bandwidth": bandwidth, "files": files}
+    reached = copy_bandwidth(device), matmul_rate(device)
+    files = write(ROWS, device, *reached, session.config.getoption("--bench-results"))
+    session.config.stash[REPORT] = {"reached": reached, "files": files}
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -61,7 +62,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if report is None:
         return
     for title, lines in (
-        (f"against the peers (copy bandwidth {report['bandwidth'] / 1e9:.1f} GB/s)", table(ROWS, report["bandwidth"])),
+        (f"against the peers ({rates(*report['reached'])})", table(ROWS, *report["reached"])),
         ("growth with size, by the fastest call", growth(ROWS)),
     ):
         if not lines:

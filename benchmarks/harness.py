@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 RESULTS = Path(__file__).parent / "results"
 OURS = "spss_fast"
@@ -36,6 +37,7 @@ class Row:
     iqr: float
     rounds: int
     peak_memory: int | None = None  # bytes, on a GPU
+    flops: int = 0  # of its convolutions and matrix products, forward and backward; 0 where that says nothing
 
 
 def synchronise(device: str) -> None:
@@ -55,6 +57,28 @@ def copy_bandwidth(device: str) -> float:
         synchronise(device)
         best = min(best, time.perf_counter() - start)
     return 2 * source.nbytes / best
+
+
+def matmul_rate(device: str) -> float:
+    """FLOP/s of a square bfloat16 matrix product (float32 where that is faster), the best of a few."""
+    side = 8192 if device == "cuda" else 2048
+    best = math.inf
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        for _ in range(4):
+            synchronise(device)
+            start = time.perf_counter()
+            a @ b
+            synchronise(device)
+            best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of the convolutions and matrix products of one call, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
 
 
 def time_calls(benchmark, run: Callable[[], object], device: str, seconds: float) -> dict[str, float]:
@@ -137,10 +161,12 @@ def growth(rows: list[Row]) -> list[list[str]]:
     return lines if len(lines) > 1 else []
 
 
-def table(rows: list[Row], bandwidth: float) -> list[list[str]]:
-    """Header and lines, largest size first within a case, ours first within a size."""
+def table(rows: list[Row], bandwidth: float, matmul: float) -> list[list[str]]:
+    """Header and lines, largest size first within a case, ours first within a size; columns without a cell are left
+    out. ``bandwidth`` in bytes/s and ``matmul`` in FLOP/s are what the machine was seen to reach."""
     ratio = ratios(rows)
-    lines = ["operator,case,size,provider,median,fastest,IQR,ours is faster by,of copy bandwidth,peak".split(",")]
+    lines = ["operator,case,size,provider,median,fastest,IQR,ours is faster by,of copy bandwidth,of matmul rate,peak"
+             .split(",")]
     order = sorted(rows, key=lambda r: (r.operator, r.case, -r.elements, r.provider != OURS, r.median))
     for r in order:
         lines.append([
@@ -148,19 +174,25 @@ def table(rows: list[Row], bandwidth: float) -> list[list[str]]:
             f"{1e3 * r.iqr:.3f} ms",
             "" if r.provider == OURS or id(r) not in ratio else f"{ratio[id(r)]:.1f}x",
             f"{100 * r.bytes / r.median / bandwidth:.0f}%" if r.bytes else "",
+            f"{100 * r.flops / r.median / matmul:.0f}%" if r.flops else "",
             f"{r.peak_memory / 2**20:.0f} MiB" if r.peak_memory is not None else "",
         ])
-    return lines
+    kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+    return [[line[i] for i in kept] for line in lines]
 
 
-def markdown(rows: list[Row], bandwidth: float, about: dict) -> str:
+def rates(bandwidth: float, matmul: float) -> str:
+    return f"copy bandwidth {bandwidth / 1e9:.1f} GB/s, matmul rate {matmul / 1e12:.2f} TFLOP/s"
+
+
+def markdown(rows: list[Row], bandwidth: float, matmul: float, about: dict) -> str:
     def as_markdown(lines: list[list[str]]) -> list[str]:
         text = [f"| {' | '.join(line)} |" for line in lines]
         return ["", text[0], f"|{'---|' * len(lines[0])}", *text[1:]] if text else []
 
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    head = [f"{about['device']}; commit {about['commit']}; {versions}; copy bandwidth {bandwidth / 1e9:.1f} GB/s."]
-    return "\n".join([*head, *as_markdown(table(rows, bandwidth)), *as_markdown(growth(rows))]) + "\n"
+    head = [f"{about['device']}; commit {about['commit']}; {versions}; {rates(bandwidth, matmul)}."]
+    return "\n".join([*head, *as_markdown(table(rows, bandwidth, matmul)), *as_markdown(growth(rows))]) + "\n"
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -199,16 +231,16 @@ def plot(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(rows: list[Row], device: str, bandwidth: float, folder: Path) -> list[Path]:
+def write(rows: list[Row], device: str, bandwidth: float, matmul: float, folder: Path) -> list[Path]:
     """Per operator: <operator>-<device>.json, .md and .png in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     about, written = environment(device), []
     for operator in dict.fromkeys(r.operator for r in rows):
         own = [r for r in rows if r.operator == operator]
         stem = folder / f"{operator}-{device}"
-        body = {**about, "copy_bandwidth": bandwidth, "rows": [asdict(r) for r in own]}
+        body = {**about, "copy_bandwidth": bandwidth, "matmul_rate": matmul, "rows": [asdict(r) for r in own]}
         stem.with_suffix(".json").write_text(json.dumps(body, indent=1) + "\n")
-        stem.with_suffix(".md").write_text(markdown(own, bandwidth, about))
+        stem.with_suffix(".md").write_text(markdown(own, bandwidth, matmul, about))
         plot(own, stem.with_suffix(".png"))
         written += [stem.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
     return written

@@ -59,6 +59,10 @@ class NetworkSettings:
 
     filters: int = setting(16, "channels of the V-Net's first level (8: half width)")
     dropout: float = setting(0.5, "channel dropout at the bottleneck and before the last convolution")
+    statistics: str = setting(
+        "running", "batch-norm statistics at inference: the running ones, or those of each case's own windows",
+        choices=("running", "case"),
+    )
 
 
 @dataclass
@@ -188,11 +192,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _scaled(config: Config) -> None:
     """Shrink a full-resolution configuration by ``data.downsample`` so that a laptop can train it, in place.
 
-    Lengths in voxels shrink by the factor; a patch side is rounded up to a multiple of 16, which the V-Net's four
-    halvings need. There are factor^3 fewer voxels to learn, so the joint schedule is shorter, with its learning-rate
-    steps and its ramps, by that and half as much again (longer ones were measured to be no better). It takes a higher
-    learning rate and less dropout to get there. Two paces are left as they are: lambda and the teacher's weight in the
-    fused labels, because they hand over to a teacher that has to have learnt first.
+    Lengths in voxels shrink by the factor, and the weight that a slice of distance costs grows with it; a patch side is
+    rounded up to a multiple of 16, which the V-Net's four halvings need. There are factor^3 fewer voxels to learn, so
+    the joint schedule is shorter, with its learning-rate steps and its ramps, by three quarters of that. It takes a
+    higher learning rate and less dropout to get there, and so few iterations leave the network sensitive to a scan's
+    own contrast, which statistics of each case take out. Two paces are left as they are: lambda and the teacher's
+    weight in the fused labels, because they hand over to a teacher that has to have learnt first.
     """
     factor = config.data.downsample
     if factor == 1:
@@ -208,13 +213,15 @@ def _scaled(config: Config) -> None:
     registration.registration_epochs = max(1, registration.registration_epochs // (5 * factor**2))
     registration.registration_pairs = max(1, registration.registration_pairs // factor)
     registration.registration_lr = max(registration.registration_lr, 1e-3)
-    shorter = 3 * factor**3 // 2
+    shorter = 3 * factor**3 // 4
     training.iterations = max(1, training.iterations // shorter)
     training.lr_every = max(1, training.lr_every // shorter)
     selection.ramp_every = max(1, selection.ramp_every // shorter)
     selection.tau_every = max(1, selection.tau_every // shorter)
     training.lr = max(training.lr, 0.1)
+    training.distance_decay **= factor
     config.network.dropout = min(config.network.dropout, 0.2)
+    config.network.statistics = "case"
     training.refresh_batches = 32
 
 

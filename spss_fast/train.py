@@ -16,7 +16,7 @@ from spss_fast.data.dataset import Dataset, load
 from spss_fast.data.loader import batches, resolve_loader
 from spss_fast.data.sampling import Batch, Sampler
 from spss_fast.engine import checkpoint
-from spss_fast.engine.device import determinism, resolve_amp, resolve_device
+from spss_fast.engine.device import determinism, peak_memory, resolve_amp, resolve_device
 from spss_fast.engine.evaluation import evaluate_labels, mean_and_sd, write_metrics
 from spss_fast.engine.inference import refresh_batch_norm
 from spss_fast.engine.preview import save_preview
@@ -70,6 +70,8 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         with determinism(config.training.deterministic):
             pretrain_registration(state, dataset, folder, console)
             train_jointly(state, dataset, folder, console)
+        if peak := peak_memory(device):
+            console.print(f"peak memory: {peak / 2**30:.2f} GiB", highlight=False)
     except KeyboardInterrupt:
         checkpoint.save(state, folder.checkpoint)
         console.print(f"stopped at iteration {state.iteration}: --out {out} --resume goes on from here")

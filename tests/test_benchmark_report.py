@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -23,12 +24,21 @@ def rows(harness, power: float):
 
 
 def test_table_has_ratio_and_share_of_the_bandwidth(harness):
-    header, ours, peer, *smaller = harness.table(rows(harness, 1), bandwidth=12e6)
+    header, ours, peer, *smaller = harness.table(rows(harness, 1), bandwidth=12e6, matmul=1e9)
+    assert "of matmul rate" not in header and "peak" not in header  # no row has either
     ours, peer = dict(zip(header, ours)), dict(zip(header, peer))
     assert (ours["size"], ours["median"], ours["fastest"]) == ("8000", "16.000 ms", "8.000 ms")
     assert ours["ours is faster by"] == "" and ours["of copy bandwidth"] == "50%"
     assert peer["provider"] == "monai" and peer["ours is faster by"] == "12.5x" and peer["of copy bandwidth"] == "4%"
     assert [line[2] for line in smaller] == ["4000", "2000", "1000"]
+
+
+def test_share_of_the_matmul_rate(harness):
+    product = harness.Row("step", "iteration", "LA", "spss_fast", 1, 0, median=2, fastest=1, iqr=0, rounds=3, flops=10)
+    header, line = harness.table([product], bandwidth=1, matmul=20)
+    assert dict(zip(header, line))["of matmul rate"] == "25%"
+    a = torch.ones(3, 5, requires_grad=True)
+    assert harness.count_flops(lambda: (a @ torch.ones(5, 7)).sum().backward()) == 2 * (2 * 3 * 5 * 7)
 
 
 @pytest.mark.parametrize("power, exponent, smallest", [
@@ -42,7 +52,7 @@ def test_growth(harness, power, exponent, smallest):
 
 
 def test_files(harness, tmp_path):
-    written = harness.write(rows(harness, 1), "cpu", 12e6, tmp_path / "results")
+    written = harness.write(rows(harness, 1), "cpu", 12e6, 1e9, tmp_path / "results")
     assert [path.name for path in written] == ["warp-cpu.json", "warp-cpu.md", "warp-cpu.png"]
     body = json.loads(written[0].read_text())
     assert body["copy_bandwidth"] == 12e6 and len(body["rows"]) == 5 and body["rows"][-1]["fastest"] == 0.1

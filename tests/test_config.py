@@ -35,6 +35,8 @@ def test_the_laptop_variant_scales_lengths_and_schedule():
     assert half.data.patch == (64, 64, 48)
     assert (half.registration.opening, half.registration.closing) == (3, 3)
     assert half.registration.far_distance == full.registration.far_distance // 2
+    assert half.training.distance_decay == full.training.distance_decay**2  # two slices' worth
+    assert (full.network.statistics, half.network.statistics) == ("running", "case")
     assert half.training.iterations < full.training.iterations
     assert resolve("la", {"downsample": 2, "iterations": 6000}).training.iterations == 6000
     assert resolve("kits", {"downsample": 2}).data.resample == (96, 96, 32)

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -61,7 +62,9 @@ def _flags(settings: dict) -> list[str]:
 def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
     run = tmp_path / "run"
     train.main(["--dataset", "phantom", "--out", str(run), *_flags(settings)])
-    assert "registration labels of the 2 annotated volumes: Dice" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "registration labels of the 2 annotated volumes: Dice" in shown
+    assert 0.1 < float(re.search(r"peak memory: (\S+) GiB", shown)[1]) < 50
     assert resolve("phantom", {}, run / "config.toml") == resolve("phantom", settings)
     recorded = json.loads((run / "cases.json").read_text())
     assert len(recorded["annotated"]) == len(recorded["test"]) == 2 and recorded["held_out"]

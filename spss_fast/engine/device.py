@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -35,6 +36,17 @@ def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
     # AMX tiles or AVX512-BF16; without them bf16 is emulated, and slower than float32
     native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory in use so far, in bytes: by tensors on a GPU, by the whole process on a CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager

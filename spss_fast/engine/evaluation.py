@@ -39,7 +39,9 @@ def evaluate_cases(
         label = case.label()
         if label is None:
             continue
-        probability = sliding_window(student, torch.from_numpy(case.image), config.data.patch, stride, amp)
+        probability = sliding_window(
+            student, torch.from_numpy(case.image), config.data.patch, stride, amp, statistics=config.network.statistics
+        )
         prediction = probability.argmax(0).cpu().numpy()
         rows[case.name] = metrics.evaluate(prediction, label, case.spacing if spacing else None)
     return rows

@@ -25,12 +25,14 @@ def _windows(shape: Sequence[int], patch: Sequence[int], stride: Sequence[int]) 
 @torch.no_grad()
 def sliding_window(
     network: nn.Module, image: Tensor, patch: Sequence[int], stride: Sequence[int], amp: torch.dtype | None = None,
-    tiles: int = 4,
+    tiles: int = 4, statistics: str = "running",
 ) -> Tensor:
     """Mean softmax (C, H, W, D) float32 over all windows of ``image`` (H, W, D), on the network's device.
 
     ``patch`` and ``stride`` are in voxels; an image smaller than the patch is padded with its minimum and cropped
     back. ``tiles`` windows go through the network at once. The network's mode (training or not) is the caller's.
+    ``statistics`` ``"case"`` first replaces the running batch-norm statistics by those of the image's own windows, half
+    a patch apart, which takes a scan's contrast out: prediction-time batch normalisation (Nado et al., 2020).
     """
     device = next(network.parameters()).device
     shape = image.shape
@@ -38,13 +40,20 @@ def sliding_window(
     before = [m // 2 for m in missing]
     padding = [amount for b, m in reversed(list(zip(before, missing))) for amount in (b, m - b)]
     image = F.pad(image.to(device).float(), padding, value=float(image.min()))
+
+    def batches(apart: Sequence[int]) -> Iterator[tuple[list[tuple[slice, ...]], Tensor]]:
+        windows = list(_windows(image.shape, patch, apart))
+        for first in range(0, len(windows), tiles):
+            some = windows[first : first + tiles]
+            batch = torch.stack([image[window] for window in some])[:, None]
+            yield some, batch.contiguous(memory_format=torch.channels_last_3d)
+
+    if statistics == "case":
+        refresh_batch_norm(network, (batch for _, batch in batches([side // 2 for side in patch])), amp)
     total, count = None, torch.zeros(image.shape, device=device)
-    windows = list(_windows(image.shape, patch, stride))
-    for first in range(0, len(windows), tiles):
-        some = windows[first : first + tiles]
-        batch = torch.stack([image[window] for window in some])[:, None]
+    for some, batch in batches(stride):
         with torch.autocast(device.type, amp, enabled=amp is not None):
-            probability = network(batch.contiguous(memory_format=torch.channels_last_3d)).float().softmax(1)
+            probability = network(batch).float().softmax(1)
         if total is None:
             total = torch.zeros(probability.shape[1], *image.shape, device=device)
         for window, p in zip(some, probability):

@@ -50,3 +50,19 @@ def test_refreshed_statistics_are_those_of_the_batches():
     torch.testing.assert_close(network[0].running_mean, mean)
     torch.testing.assert_close(network[0].running_var, variance)
     assert network[0].momentum == 0.1 and not network.training and not network[0].training
+
+
+def test_statistics_of_the_case_take_its_contrast_out():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1)).eval()
+    image, window, stride = torch.randn(20, 17, 9), (16, 16, 8), (8, 8, 4)
+
+    def probability(scan, statistics):
+        return sliding_window(network, scan, window, stride, statistics=statistics)[:, 2:-2, 2:-2, 2:-2]
+
+    case, louder = (probability(scan, "case") for scan in (image, 3 * image))
+    torch.testing.assert_close(case, louder, rtol=1e-3, atol=1e-4)
+    assert not network.training
+    # the statistics of 3 * image stay: they fit it, and not the image
+    torch.testing.assert_close(probability(3 * image, "running"), louder)
+    assert (probability(image, "running") - case).abs().max() > 0.01
