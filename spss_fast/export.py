@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from spss_fast import __version__, cli
+from spss_fast import __version__, cli, metrics
 from spss_fast.config import Config
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.description import class_descriptions, preparation_steps
@@ -84,6 +84,9 @@ class Exported:
     preprocessing: Path = Path()
     case: str = ""  # the scan of the check
     checks: dict[str, Check] = field(default_factory=dict)  # by format
+    # of a run that is measured with batch-norm statistics of each case: the Dice between the foreground so found on the
+    # scan of the check and that of the written networks, which hold the running statistics; None of any other run
+    statistics_dice: float | None = None
 
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -105,7 +108,8 @@ def export(
     ``formats``: ``onnx`` and ``torch`` (a ``torch.export`` program, .pt2) map images (B, 1, h, w, d) to logits
     (B, C, h, w, d), float32, for any B and sides that are multiples of 16 (from 32 on; a side in which the run's patch
     has 16 is fixed at that). They hold plain operators only, batch norm folded into the convolutions. ``state_dict``
-    (.pth) and ``safetensors`` hold the weights under this literature's names.
+    (.pth) and ``safetensors`` hold the weights under this literature's names. All hold the running batch-norm
+    statistics, also of a run whose setting ``statistics`` is ``case``: no fixed graph has those of a whole scan.
 
     Each file is read back and compared with the student, over all windows of ``scan`` (or of the run's first test case)
     as the run prepares it: logits within 1e-3, labels equal in 99.99% of voxels. Raises ``UserError`` where a file
@@ -124,7 +128,8 @@ def export(
             written = _write(student, formats, Path(temporary), config.data.patch)
             forwards = {name: _read(name, path, student) for name, path in written.items()}
             console.print(f"checking on {case.name}, {' x '.join(map(str, case.grid.size))} voxels", highlight=False)
-            result.checks = compare(student, forwards, torch.from_numpy(case.image), config.data.patch)
+            image = torch.from_numpy(case.image)
+            result.checks = compare(student, forwards, image, config.data.patch)
             for name, check in result.checks.items():
                 if not check.passed:
                     raise UserError(
@@ -132,6 +137,8 @@ def export(
                         f"{check.max_difference:.2g} (tolerance {LOGIT_TOLERANCE:g}), {check.different_labels} of "
                         f"{check.voxels} labels; it is not kept: try other versions of {', '.join(_versions([name]))}"
                     )
+            if config.network.statistics == "case":
+                result.statistics_dice = _statistics_dice(student, image, config.data.patch)
             description = Path(temporary) / result.preprocessing.name
             description.write_text(json.dumps(_describe(student, config, content, result), indent=2) + "\n")
             for name, path in written.items():
@@ -291,6 +298,15 @@ def compare(student: VNet, forwards: dict[str, Forward], image: Tensor, patch: S
     return compared.checks
 
 
+def _statistics_dice(student: VNet, image: Tensor, patch: Sequence[int]) -> float:
+    """Dice between the foregrounds of ``image`` (H, W, D) with the running and with the case's own statistics."""
+    fixed, own = (
+        sliding_window(copy.deepcopy(student), image, patch, patch, tiles=2, statistics=name).argmax(0).numpy() > 0
+        for name in ("running", "case")
+    )
+    return metrics.dice(fixed, own)
+
+
 def _versions(formats: Sequence[str]) -> dict[str, str]:
     packages = ["torch", *(package for name in formats for package in PACKAGES.get(name, ()))]
     return {package: metadata.version(package) for package in packages}
@@ -322,6 +338,12 @@ def _describe(student: VNet, config: Config, content: dict[str, Any], result: Ex
             "`patch` begin every `stride` voxels, the last one flush with the end; larger strides up to `patch` are "
             "faster. The mean of the windows' softmax is a voxel's probability.",
         },
+        "statistics": {
+            "of": config.network.statistics, "foreground_dice": result.statistics_dice,
+            "text": "The files hold the running batch-norm statistics. Where `of` is `case`, spss_fast replaces them "
+            "by those of each scan's own windows before it segments, and its labels differ: `foreground_dice` is "
+            "between both on the scan of the check.",
+        },
         "back": "Resample the label map (nearest) or the probabilities (linear) onto the scan's own voxels through the "
         "geometry that the steps gave; what they cropped away is background.",
         "made_by": {
@@ -346,6 +368,12 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(
             f"{result.files[name]} ({size:.1f} MB): logits differ from PyTorch's by at most {check.max_difference:.2g} "
             f"(tolerance {LOGIT_TOLERANCE:g}), {check.agreement:.4%} of labels agree", highlight=False, soft_wrap=True,
+        )
+    if result.statistics_dice is not None:
+        console.print(
+            "note: the run is measured with batch-norm statistics of each scan, the files hold the running ones; on "
+            f"{result.case} the foregrounds so found have a Dice of {result.statistics_dice:.3f}", highlight=False,
+            soft_wrap=True,
         )
     console.print(f"{result.preprocessing}: what their input and output are", highlight=False, soft_wrap=True)
 

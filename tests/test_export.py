@@ -175,6 +175,9 @@ def test_the_description_suffices_for_a_cropped_half_resolution_mr(exported, tmp
         "orient", "centre_crop", "resample", "z_score"
     ]
     assert described["files"] == {"state_dict": "student.pth"}
+    # such a run is measured with statistics of each case, and told that its files have not got them
+    assert described["statistics"]["of"] == "case"
+    assert 0 < described["statistics"]["foreground_dice"] == here.statistics_dice < 1
     # both runs have the same weights, and one conversion to ONNX takes long enough
     shutil.copy(exported.files["onnx"], here.preprocessing.parent)
     here.preprocessing.write_text(json.dumps(described | {"files": {"onnx": "student.onnx"}}))
@@ -191,6 +194,7 @@ def test_a_real_scan(phantom_run, forwards, scans, tmp_path, capsys):
     assert "student.safetensors (" in shown and "100.0000% of labels agree" in shown
     described = json.loads((tmp_path / "preprocessing.json").read_text())
     assert described["checked_on"]["case"] == "example_ct_sm" and "onnx" not in described["made_by"]
+    assert described["statistics"]["of"] == "running" and described["statistics"]["foreground_dice"] is None
     assert described["checked_on"]["state_dict"] == {"voxels": 131072, "max_difference": 0, "different_labels": 0}
     config = checkpoint.config_of(checkpoint.read(phantom_run / "checkpoints" / "last.pt"))
     (case,) = prepare([Case("scan", scan, None, "image")], config.data, progress=False)
