@@ -23,7 +23,7 @@ $(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/
 	touch $@
 
 $(VENV)/package-test: $(VENV)/package
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,export]"
 	touch $@
 
 $(VENV)/package-bench: $(VENV)/package-test

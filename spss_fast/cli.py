@@ -16,8 +16,12 @@ from spss_fast.errors import UserError
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line with a suggestion."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    console = False  # whether the command was called through spss-fast: its usage line then says so
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        if self.console:
+            prog = prog.replace("spss_fast.", "spss-fast ")
+        super().__init__(prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         unknown = "unrecognized arguments: "

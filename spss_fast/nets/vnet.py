@@ -18,6 +18,9 @@ from spss_fast.ops.norm import batch_norm_relu
 
 def _norm_relu(x: Tensor, norm: nn.BatchNorm3d, skip: Tensor | None = None) -> Tensor:
     """``relu(norm(x)) + skip``, moving the running statistics as ``norm`` itself would."""
+    if torch.compiler.is_exporting():  # plain operators: an exported network runs where this package is not
+        y = F.relu(norm(x))
+        return y if skip is None else y + skip
     momentum = norm.momentum
     if norm.training:
         norm.num_batches_tracked += 1
@@ -31,7 +34,7 @@ def _norm_relu(x: Tensor, norm: nn.BatchNorm3d, skip: Tensor | None = None) -> T
 def _convolve(convolution: nn.Conv3d, x: Tensor) -> Tensor:
     """``convolution(x)``, in float32 where torch (2.13, CPU) errs in bfloat16: along an axis of one voxel the outer
     taps meet nothing but padding, and their weight gradient is left unwritten instead of 0."""
-    if x.device.type == "cpu" and 1 in x.shape[2:]:
+    if x.device.type == "cpu" and not torch.compiler.is_exporting() and 1 in x.shape[2:]:
         with torch.autocast("cpu", enabled=False):
             return convolution(x.float())
     return convolution(x)

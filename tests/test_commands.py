@@ -1,0 +1,92 @@
+"""spss-fast: its table, its dispatch, and that it is the same as python -m."""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from spss_fast import __version__, cli, commands
+from spss_fast.config import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def spss_fast(*arguments: str, cwd: Path, code: str | None = None) -> subprocess.CompletedProcess:
+    """``python -m spss_fast`` with arguments, or Python code, in an empty folder."""
+    call = ["-c", code] if code else ["-m", "spss_fast", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    return subprocess.run([sys.executable, *call], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True)
+def usage_lines_as_before():
+    before = cli.Parser.console
+    yield
+    cli.Parser.console = before
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_every_command_has_its_module(name, capsys):
+    module = import_module(f"spss_fast.{name}")
+    with pytest.raises(SystemExit) as exit:
+        module.main(["--help"])
+    assert exit.value.code == 0 and capsys.readouterr().out.startswith(f"usage: spss_fast.{name} ")
+
+
+def test_every_command_of_the_package_is_in_the_table():
+    named = {path.stem for path in (ROOT / "spss_fast").glob("*.py") if "cli.run(main)" in path.read_text()}
+    assert named - {"commands"} == set(commands.COMMANDS)
+
+
+def test_help_names_every_command_and_imports_none(tmp_path):
+    shown = spss_fast("--help", cwd=tmp_path)
+    assert shown.returncode == 0 and shown.stderr == ""
+    for name, meaning in commands.COMMANDS.items():
+        assert f"\n    {name} " in shown.stdout and " ".join(shown.stdout.split()).count(meaning) == 1
+    assert spss_fast(cwd=tmp_path).stdout == shown.stdout
+    code = "import sys; from spss_fast import commands; commands._parser(); print('torch' in sys.modules)"
+    assert spss_fast(cwd=tmp_path, code=code).stdout == "False\n"
+
+
+def test_version(tmp_path):
+    shown = spss_fast("--version", cwd=tmp_path)
+    assert (shown.returncode, shown.stdout) == (0, f"spss_fast {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["tran"], "spss-fast: error: argument COMMAND: invalid choice: 'tran' (choose from "),
+    (["--versoin"], "spss-fast: error: unknown flag --versoin: did you mean --version?"),
+    (["--", "train"], "spss-fast: error: "),
+    (["evaluate"], "spss-fast evaluate: error: the following arguments are required: --run"),
+    (["evaluate", "--rum", "x", "--run", "x"], "spss-fast evaluate: error: unknown flag --rum: did you mean --run?"),
+])
+def test_errors_are_one_line(arguments, said, capsys):
+    with pytest.raises(SystemExit) as exit:
+        commands.main(arguments)
+    shown = capsys.readouterr()
+    assert exit.value.code == 2 and shown.out == ""
+    assert shown.err.startswith(said) and len(shown.err.splitlines()) == 1
+
+
+def test_what_the_user_can_mend_ends_in_one_line(tmp_path):
+    result = spss_fast("evaluate", "--run", "nowhere", cwd=tmp_path)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: no checkpoint at nowhere") and len(result.stderr.splitlines()) == 1
+
+
+def test_a_command_gets_its_arguments_as_they_are_and_its_status_is_kept(monkeypatch):
+    from spss_fast import evaluate
+
+    given = []
+    monkeypatch.setattr(evaluate, "main", lambda arguments: given.extend(arguments) or 1)
+    assert commands.main(["evaluate", "--run", "a b", "--", "--help", ""]) == 1
+    assert given == ["--run", "a b", "--", "--help", ""]
+
+
+def test_the_console_entry_is_there():
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, function = entry["spss-fast"].partition(":")
+    assert getattr(import_module(module), function) is commands.run

@@ -1,0 +1,74 @@
+"""The documentation: its Python runs, its links and the files that it names are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from spss_fast import commands, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(page: str) -> list[str]:
+    """The Python code blocks of a page of docs/."""
+    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    """What a link may name after #, as GitHub makes it of the headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in _anchors(linked), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_of_the_project_that_a_page_names_are_there(page):
+    """`spss_fast/ops/warp.py`, `csrc/math/warp.h`, `tests/ops/operator_cases/` ..."""
+    named = re.findall(r"`((?:spss_fast|csrc|kernels|tests|docs|benchmarks)/[\w./-]*)`", page.read_text())
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert not [page.name for page in PAGES if page.name != "index.md" and f"]({page.name})" not in index]
+
+
+@pytest.mark.parametrize("number", range(len(blocks("operators.md"))))
+def test_the_examples_of_the_operators_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("operators.md")[number], f"operators.md, block {number}", "exec"), {"__name__": "example"})
+
+
+def test_the_example_of_a_new_data_set_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (block,) = blocks("extending.md")
+    exec(compile(block, "extending.md", "exec"), {"__name__": "example"})
+
+
+def test_every_public_operator_has_an_example():
+    examples = "\n".join(blocks("operators.md"))
+    assert not [name for name in ops.__all__ if not re.search(rf"\b{name}\(", examples)]
+
+
+def test_the_examples_of_the_commands_run_in_order(tmp_path, monkeypatch):
+    """As in one notebook, from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    examples = blocks("index.md")
+    assert all(f"### {name}\n" in (ROOT / "docs" / "index.md").read_text() for name in commands.COMMANDS)
+    namespace = {"__name__": "example"}
+    for number, block in enumerate(examples):
+        exec(compile(block, f"index.md, block {number}", "exec"), namespace)
