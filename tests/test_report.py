@@ -161,7 +161,7 @@ def test_the_gallery_goes_from_the_worst_to_the_best(page, finished):
 
 def test_curves_settings_and_environment_are_there(page):
     titles = ("Stage 1: registration", "Stage 2: losses", "Quality of the pseudo labels", "Pace: L_pace",
-              "K, the voxels", "Uncertainty of the teacher", "Schedules")
+              "K, the voxels", "Uncertainty of the teacher", "Teacher's share of the fused labels", "Ramp")
     assert all(title in page.text for title in titles)
     settings = {row[0]: row[1] for table in page.tables for row in table if len(row) == 2}
     assert settings["iterations"] == "3 (preset: 230)" and settings["temperature"] == "0.07"
@@ -319,6 +319,22 @@ def test_curves_are_averaged_and_smoothed():
     assert len(charts.averaged(values)) == charts.POINTS and charts.averaged(values)[0] == 1.5
     np.testing.assert_allclose(charts.trend(np.full(40, 3.0)), 3.0)
     assert charts.trend(values)[600] == 600
+
+
+def test_labels_by_distance_pool_the_volumes():
+    """Two volumes: both right at the annotated slice, one of them short of a voxel one slice further."""
+    reference = np.zeros((4, 1, 5), bool)
+    reference[:2, :, 1:4] = True
+    worse = reference.copy()
+    worse[0, :, 1] = False
+    examples = [
+        gallery.Example("a", "", {}, np.zeros((4, 1, 5)), (1, 1, 1), {"registration": mask, "reference": reference},
+                        None, 2)
+        for mask in (reference, worse)
+    ]
+    np.testing.assert_allclose(charts.dice_by_distance(examples)["registration"], [1, 2 * 7 / 15])
+    assert "2 annotated volumes" in charts.by_distance(examples).note
+    assert charts.by_distance([]) is None
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from spss_fast.engine.evaluation import Rows
+from spss_fast.reporting.gallery import Example
 from spss_fast.reporting.record import Curves, Record
 
 # colours that stand for a property of the page's style sheet until the SVG is written
@@ -55,6 +56,8 @@ def charts(record: Record) -> list[Chart]:
 
     def add(title: str, note: str, names: dict[str, str], **options) -> None:
         lines = {label: joint[name] for name, label in names.items() if name in joint}
+        if options.get("log"):
+            note += "".join(f" {label} is 0 throughout." for label, values in lines.items() if not values.any())
         if lines:
             made.append(_chart(title, note, step, lines, "iteration", drops=drops, **options))
 
@@ -68,13 +71,14 @@ def charts(record: Record) -> list[Chart]:
     voxels = math.prod(config.data.patch)
     if "K" in joint:
         made.append(_chart("K, the voxels that are trusted", f"As a share of the {voxels:,} voxels of one patch.", step,
-                           {"K": joint["K"] / voxels}, "iteration", drops=drops, percent=True))
+                           {"K": joint["K"] / voxels}, "iteration", drops=drops, percent=True, floor=0))
     add("Uncertainty of the teacher", f"Mean entropy over all voxels; complete doubt is ln 2 = {math.log(2):.2f}.",
         {"entropy": "entropy"}, floor=0)
     add("Stage 2: registration", "Image loss without labels, and with the Dice of the fused labels.",
         {"loss_registration": "images", "loss_registration_labels": "images and labels"})
-    add("Schedules", "Weight of L_u and L_c, and the teacher's share of the fused labels.",
-        {"w": "w(t)", "w_p": "teacher's share w_p"}, floor=0)
+    add("Teacher's share of the fused labels", "w_p: above one half the teacher outvotes the registration labels.",
+        {"w_p": "w_p"}, floor=0)
+    add("Ramp", f"w(t), the weight of L_u and L_c; it ends at {config.selection.ramp_max:g}.", {"w": "w(t)"}, floor=0)
     return made
 
 
@@ -90,11 +94,41 @@ def dice_of_cases(groups: dict[str, Rows]) -> str:
             axis.plot([values.mean()] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.5)
         axis.set_yticks(range(len(groups)), list(groups))
         axis.set_ylim(len(groups) - 0.45, -0.55)
-        axis.set_xlim(0, 1)
+        axis.set_xlim(-0.02, 1.02)
         axis.tick_params("y", length=0)
         axis.grid(axis="y", visible=False)
         axis.set_xlabel("Dice of each case (line: mean)")
         return _svg(figure, "Dice of each case")
+
+
+def by_distance(examples: Sequence[Example]) -> Chart | None:
+    """How the labels of the gallery's annotated volumes fade; None where none of them has a full label."""
+    examples = [example for example in examples if "reference" in example.masks]
+    if not examples:
+        return None
+    curves = dice_by_distance(examples)
+    several = f"the {len(examples)} annotated volumes below" if len(examples) > 1 else "the annotated volume below"
+    return _chart(
+        "Labels by distance from the annotated slice", f"Dice of slices so far away, of {several} together.",
+        np.arange(len(next(iter(curves.values())))), curves, "slices from the annotated one", smoothed=False,
+    )
+
+
+def dice_by_distance(examples: Sequence[Example]) -> Curves:
+    """Dice of all voxels that lie 0, 1, 2, ... slices from the annotated one, of all ``examples`` together, for each kind
+    of label that all of them have; NaN where neither label nor reference has any."""
+    names = [name for name in ("registration", "fused", "prediction") if all(name in e.masks for e in examples)]
+    overlap, total = np.zeros((2, len(names), max(example.image.shape[2] for example in examples)))
+    for example in examples:
+        distance = np.abs(np.arange(example.image.shape[2]) - example.annotated)
+        reference = example.masks["reference"]
+        for row, name in enumerate(names):
+            mask = example.masks[name]
+            np.add.at(overlap[row], distance, 2 * (mask & reference).sum((0, 1)))
+            np.add.at(total[row], distance, mask.sum((0, 1)) + reference.sum((0, 1)))
+    last = int(np.flatnonzero(total.any(0))[-1]) + 1
+    dice = np.divide(overlap, total, out=np.full_like(total, np.nan), where=total > 0)
+    return dict(zip(names, dice[:, :last]))
 
 
 def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -121,22 +155,26 @@ def trend(values: np.ndarray) -> np.ndarray:
     return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
 
 
-def _chart(title: str, note: str, step: np.ndarray, lines: Curves, along: str, log: bool = False,
-           drops: Sequence[int] = (), percent: bool = False, floor: float | None = None) -> Chart:
+def _chart(
+    title: str, note: str, step: np.ndarray, lines: Curves, along: str, log: bool = False, drops: Sequence[int] = (),
+    percent: bool = False, floor: float | None = None, smoothed: bool = True,
+) -> Chart:
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
         figure, axis = _figure((4.4, 2.5))
         few = len(step) < TREND_FROM
         x = averaged(step)
-        for (label, values), color in zip(lines.items(), SERIES):
+        widths = (2.6, 1.6, 1.2, 1.2) if len(lines) > 1 else (1.8,)  # the first one shows where others cover it
+        for (label, values), color, width in zip(lines.items(), SERIES, widths):
             if log:
                 values = np.where(values > 0, values, np.nan)  # a loss of 0 has no logarithm
             values = averaged(values)
-            smooth = not few and len(np.unique(values)) > len(values) // 2  # schedules are steps: shown as they are
+            schedule = len(np.unique(values)) <= len(values) // 2  # it goes in steps: shown as they are
+            smooth = smoothed and not few and not schedule
             marker = "o" if few else None
-            axis.plot(x, values, color=color, marker=marker, markersize=3, linewidth=0.8 if smooth else 1.6,
+            axis.plot(x, values, color=color, marker=marker, markersize=width + 1.4, linewidth=0.8 if smooth else width,
                       alpha=0.35 if smooth else 1, label=None if smooth else label)
             if smooth:
-                axis.plot(x, trend(values), color=color, linewidth=1.8, label=label)
+                axis.plot(x, trend(values), color=color, linewidth=width, label=label)
         if log:
             axis.set_yscale("log")
         else:

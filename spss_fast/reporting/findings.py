@@ -13,6 +13,7 @@ from spss_fast.reporting.gallery import Gallery
 from spss_fast.reporting.record import Record
 
 GOOD, NOTE, BAD = "good", "note", "bad"
+FAR_BELOW = 0.05  # mean Dice of the student under that of the labels it learnt from, from which this is a warning
 
 
 @dataclass
@@ -66,11 +67,13 @@ def _quality(record: Record) -> Answer:
         values = _column(record.labels, "dice")
         text = (f"The registration labels that it learnt from reach {values.mean():.3f} ± {values.std():.3f} on the "
                 f"{_plural(len(values), 'annotated volume')}")
+        kind = NOTE
         if record.evaluation:
             difference = _column(record.evaluation, "dice").mean() - values.mean()
             side = "above" if difference > 0 else "below"
-            text += f" (other cases than the student's, whose mean is {abs(difference):.3f} {side})"
-        findings.append(Finding(text + "."))
+            text += f"; the student is {abs(difference):.3f} {side} them, on other cases"
+            kind = GOOD if difference > 0 else BAD if difference < -FAR_BELOW else NOTE
+        findings.append(Finding(text + ".", kind))
     elif record.finished:
         findings.append(Finding("The registration labels could not be measured: no annotated volume has a full label."))
     if not record.finished:
@@ -106,12 +109,12 @@ def _failures(record: Record, gallery: Gallery) -> Answer:
     if outliers:
         findings.append(Finding(f"{_plural(len(outliers), 'outlier')} (more than 1.5 interquartile ranges below the "
                                 f"first quartile, Dice < {fence:.3f}): {_listed(outliers)}.", BAD))
-    elif len(rows) >= 4:
-        findings.append(Finding("No outlier: no case is more than 1.5 interquartile ranges below the first quartile.",
-                                GOOD))
+    elif len(rows) >= 4 and low < high:
+        findings.append(Finding("No outlier: no case is more than 1.5 interquartile ranges below the first quartile."))
     empty = [name for name, row in rows.items() if math.isnan(row.get("hd95", 0))]
     if empty:
-        findings.append(Finding(f"Prediction or reference is empty in {_listed(empty)}.", BAD))
+        named = f"all {len(rows)} cases" if len(empty) == len(rows) > 1 else _listed(empty)
+        findings.append(Finding(f"Prediction or reference is empty in {named}.", BAD))
     return Answer(question, figure, findings)
 
 

@@ -178,11 +178,15 @@ def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: 
     scores = (record.evaluation or {}).get(case.name, {})
     example = Example(case.name, rank, scores, case.image, case.spacing, masks, entropy)
     if "reference" in masks:
-        wanted = [(masks["prediction"] ^ masks["reference"], "largest disagreement"),
-                  (masks["reference"], "largest section of the reference")]
+        doubt, why, whole = masks["prediction"] ^ masks["reference"], "largest disagreement", "reference"
     else:
-        wanted = [(entropy, "most uncertain"), (masks["prediction"], "largest section of the prediction")]
-    example.slices = _distinct([(_largest(values), why) for values, why in wanted])
+        doubt, why, whole = entropy, "most uncertain", "prediction"
+    first = _largest(doubt)
+    example.slices = [(first, why), (_largest(masks[whole]), f"largest section of the {whole}")]
+    if example.slices[1][0] == first:
+        far = np.abs(np.arange(doubt.shape[2]) - first) > doubt.shape[2] // 8
+        example.slices.append((_largest(doubt * far), f"{why} elsewhere"))
+    example.slices = _distinct(example.slices)
     return example
 
 

@@ -46,6 +46,7 @@ def render(record: Record, gallery: Gallery) -> str:
         ramp=[matplotlib.colors.to_hex(matplotlib.colormaps["inferno"](share)) for share in np.linspace(0.25, 1, 6)],
         missed=panels.MISSED, added=panels.ADDED,
         tested=_examples(gallery.tested, "tested"), annotated=_examples(gallery.annotated, "annotated"),
+        distance=charts.by_distance(gallery.annotated),
         tested_title="Test cases" if record.cases["held_out"] else "Unlabelled training cases",
         charts=charts.charts(record), trend_from=charts.TREND_FROM,
         labels=_table(record.labels), no_labels=_no_labels(record),
@@ -58,11 +59,12 @@ def _lead(record: Record) -> str:
     annotated, cases = len(record.cases["annotated"]), record.cases
     test = len(cases["test"])
     state = "finished" if record.finished else "not finished"
+    started = record.environment["started"][:16].replace("T", " ")
     kind = "held-out test cases" if cases["held_out"] else "of them measured as test cases"
     return (
         f"SPSS on {record.config.data.dataset}: {annotated} volumes with one annotated slice each, "
         f"{len(cases['train']) - annotated} unlabelled, {test} {kind}. {record.reached} of "
-        f"{record.config.training.iterations} joint iterations, {state}. Started {record.environment['started']}."
+        f"{record.config.training.iterations} joint iterations, {state}. Started {started}."
     )
 
 
@@ -79,9 +81,9 @@ def _table(rows: Rows | None) -> dict[str, Any] | None:
     columns = list(next(iter(rows.values())))
     values = {name: np.array([row[name] for row in rows.values()]) for name in columns}
 
-    def mean(name: str) -> str:
+    def mean(name: str) -> tuple[str, ...]:
         known = values[name][~np.isnan(values[name])]  # an undefined distance (an empty prediction) is left out
-        return f"{_number(name, known.mean())} ± {_number(name, known.std())}" if known.size else "–"
+        return (_number(name, known.mean()), f"± {_number(name, known.std())}") if known.size else ("–",)
 
     def cells(row: dict[str, float]) -> list[dict[str, Any]]:
         return [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib
@@ -29,6 +31,7 @@ MISSED, ADDED = "#56b4ff", "#ff8c42"
 LARGEST = 320  # pixels a side; slices of more are thinned for the page's size
 SURROUNDINGS = 0.4  # of the contours' box, shown on each side of it
 LEAST = 0.5  # of the slice's side that is always shown
+FLATTEST = 0.7  # of the picture's longer side is its shorter one at least, where the slice reaches so far
 
 
 @dataclass
@@ -95,9 +98,15 @@ class _Frame:
 
     def __init__(self, gray: np.ndarray, masks: dict[str, np.ndarray], spacing: tuple[float, ...], key: str):
         self.gray, self.key = gray, key
-        self.box = [_extent(np.any(list(masks.values()), 0), axis) for axis in (0, 1)]
+        union = np.any(list(masks.values()), 0)
+        size = [(end - start) * step for (start, end), step in zip(self._extents(union, (0, 0)), spacing)]
+        self.box = self._extents(union, [math.ceil(FLATTEST * max(size) / step) for step in spacing[:2]])
         (left, right), (top, bottom) = self.box
-        self.size = (right - left) * spacing[0], (bottom - top) * spacing[1]
+        self.aspect = (right - left) * spacing[0] / ((bottom - top) * spacing[1])
+
+    @staticmethod
+    def _extents(mask: np.ndarray, least: Sequence[int]) -> list[tuple[int, int]]:
+        return [_extent(mask, axis, least[axis]) for axis in (0, 1)]
 
     def definition(self) -> str:
         return _image(self.gray, self.gray.shape, "scan", self.key)
@@ -107,21 +116,20 @@ class _Frame:
 
     def svg(self, content: str, label: str) -> str:
         (left, right), (top, bottom) = self.box
-        aspect = self.size[0] / self.size[1]
         return (
             f'<svg role="img" aria-label="{label}" viewBox="{left} {top} {right - left} {bottom - top}" '
-            f'preserveAspectRatio="none" style="aspect-ratio:{aspect:.4f}">{self.reference()}{content}</svg>'
+            f'preserveAspectRatio="none" style="aspect-ratio:{self.aspect:.4f}">{self.reference()}{content}</svg>'
         )
 
 
-def _extent(mask: np.ndarray, axis: int) -> tuple[int, int]:
-    """First voxel and end along ``axis`` of what is shown: the masks and their surroundings."""
+def _extent(mask: np.ndarray, axis: int, least: int) -> tuple[int, int]:
+    """First voxel and end along ``axis`` of what is shown: the mask and its surroundings, ``least`` voxels or more."""
     side = mask.shape[axis]
     inside = np.flatnonzero(mask.any(1 - axis))
     if not inside.size:
         return 0, side
     first, end = inside[0], inside[-1] + 1
-    length = min(side, max(round((end - first) * (1 + 2 * SURROUNDINGS)), round(LEAST * side)))
+    length = min(side, max(round((end - first) * (1 + 2 * SURROUNDINGS)), round(LEAST * side), least))
     start = int(np.clip((first + end - length) // 2, 0, side - length))
     return start, start + length
 
