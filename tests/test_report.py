@@ -219,7 +219,7 @@ def test_a_run_under_way(run):
     (run / "joint.csv").unlink()
     (run / "registration.csv").unlink()
     page = _page(run)
-    assert "Nothing is logged yet" in page.text and "0 of 3 joint iterations" in page.text
+    assert "Too little is logged yet" in page.text and "0 of 3 joint iterations" in page.text
 
 
 def test_scans_that_are_gone_leave_the_rest(run, finished):
@@ -278,6 +278,8 @@ def test_the_command_says_where_the_page_is(run, capsys):
 def test_options_that_cannot_be(run, options, said):
     with pytest.raises(UserError, match=said):
         report.report(run, **options)
+    with pytest.raises(UserError, match="the page cannot be written to"):
+        report.report(run, run / "config.toml" / "report.html", cases=0)
 
 
 def test_files_that_cannot_be_read(run, tmp_path):

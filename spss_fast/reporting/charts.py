@@ -115,8 +115,8 @@ def by_distance(examples: Sequence[Example]) -> Chart | None:
 
 
 def dice_by_distance(examples: Sequence[Example]) -> Curves:
-    """Dice of all voxels that lie 0, 1, 2, ... slices from the annotated one, of all ``examples`` together, for each kind
-    of label that all of them have; NaN where neither label nor reference has any."""
+    """Dice of all voxels that lie 0, 1, 2, ... slices from the annotated one, of all ``examples`` together, for each
+    kind of label that all of them have; NaN where neither label nor reference has any."""
     names = [name for name in ("registration", "fused", "prediction") if all(name in e.masks for e in examples)]
     overlap, total = np.zeros((2, len(names), max(example.image.shape[2] for example in examples)))
     for example in examples:

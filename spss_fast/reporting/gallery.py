@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 
 from spss_fast.config import Config
 from spss_fast.data.cache import PreparedCase, prepare
@@ -21,8 +22,8 @@ from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.progress import Progress
 from spss_fast.engine.pseudo_labels import fused_labels, registration_labels
 from spss_fast.errors import UserError
+from spss_fast.evaluate import load_student
 from spss_fast.nets.regnet import RegistrationNet
-from spss_fast.nets.vnet import VNet
 from spss_fast.ops.uncertainty import uncertainty_mask
 from spss_fast.reporting.record import Record
 
@@ -55,20 +56,16 @@ class _Networks:
     """The networks of a checkpoint, and what they say about one volume."""
 
     def __init__(self, record: Record, device: torch.device):
-        content, network = record.content, record.config.network
+        content = record.content
         self.config, self.iteration, self.device = record.config, record.iteration, device
         self.amp = resolve_amp(record.config.training.amp, device)
-        self.student, self.teacher = (VNet(filters=network.filters, dropout=network.dropout) for _ in range(2))
-        self.registration = RegistrationNet()
-        for name in ("student", "teacher", "registration"):
-            getattr(self, name).load_state_dict(content[name])
-        for network in (self.student, self.teacher):
-            network.to(device, memory_format=torch.channels_last_3d)
-        self.registration.to(device, memory_format=torch.channels_last)
-        self.student.eval()
-        self.teacher.train()  # as in training: its dropout is the Monte-Carlo dropout
+        self.student = load_student(content, device)
+        # the same network, in training mode as ever: its dropout is the Monte-Carlo dropout
+        self.teacher = load_student(content | {"student": content["teacher"]}, device).train()
+        self.registration = RegistrationNet().to(device, memory_format=torch.channels_last)
+        self.registration.load_state_dict(content["registration"])
 
-    def window(self, network: VNet, image: torch.Tensor) -> torch.Tensor:
+    def window(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
         """Mean softmax (C, H, W, D) over windows that overlap by half."""
         patch = self.config.data.patch
         return sliding_window(network, image, patch, [side // 2 for side in patch], self.amp)
@@ -80,13 +77,13 @@ class _Networks:
     def uncertainty(self, image: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """METHOD step 4 on a whole volume: entropy (H, W, D) of the teacher's mean softmax; and one pass's softmax
         (C, H, W, D), as step 8 fuses it."""
-        selection = self.config.selection
-        torch.manual_seed(self.config.training.seed)
-        total = None
-        for _ in range(selection.passes):
-            noisy = selfpaced.clipped_noise(image.to(self.device), selection)
-            probability = self.window(self.teacher, noisy)
-            total = probability.clone() if total is None else total + probability
+        selection, total = self.config.selection, None
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.training.seed)
+            for _ in range(selection.passes):
+                noisy = selfpaced.clipped_noise(image.to(self.device), selection)
+                probability = self.window(self.teacher, noisy)
+                total = probability if total is None else total + probability
         entropy, _ = uncertainty_mask(total[None], selection.passes, 0)
         return entropy[0].cpu().numpy(), probability
 

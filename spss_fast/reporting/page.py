@@ -47,7 +47,7 @@ def render(record: Record, gallery: Gallery) -> str:
         missed=panels.MISSED, added=panels.ADDED,
         tested=_examples(gallery.tested, "tested"), annotated=_examples(gallery.annotated, "annotated"),
         distance=charts.by_distance(gallery.annotated),
-        tested_title="Test cases" if record.cases["held_out"] else "Unlabelled training cases",
+        tested_title=_tested_title(record),
         charts=charts.charts(record), trend_from=charts.TREND_FROM,
         labels=_table(record.labels), no_labels=_no_labels(record),
         configuration=_configuration(record), environment=_environment(record), cases=_cases(record),
@@ -107,6 +107,12 @@ def _examples(examples: list[Example], key: str) -> list[dict[str, Any]]:
             "rows": panels.rows(example, f"{key}-{number}"),
         })
     return shown
+
+
+def _tested_title(record: Record) -> str:
+    if record.foreign:
+        return "Evaluated cases"
+    return "Test cases" if record.cases["held_out"] else "Unlabelled training cases"
 
 
 def _unmeasured(example: Example) -> str:

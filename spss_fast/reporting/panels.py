@@ -69,10 +69,10 @@ def _row(example: Example, gray: np.ndarray, z: int, why: str, key: str) -> Row:
         shown = {name: masks[name] for name in ("prediction", "reference") if name in masks}
         panels.append(Panel("prediction", frame.svg(_contours(shown), "prediction")))
         if "registration" not in masks and "reference" in masks:
-            overlay = _image(_error_colors(masks["prediction"], masks["reference"]), gray.shape, "overlay sharp")
+            overlay = _image(_error_colors(masks["prediction"], masks["reference"]), gray.shape, "errors")
             panels.append(Panel("errors", frame.svg(overlay, "errors")))
     if example.entropy is not None:
-        overlay = _image(_entropy_colors(example.entropy[:, :, z]), gray.shape, "overlay")
+        overlay = _image(_entropy_colors(example.entropy[:, :, z]), gray.shape, "uncertainty")
         contours = _contours({"prediction": masks["prediction"]})
         panels.append(Panel("uncertainty", frame.svg(overlay + contours, "uncertainty")))
     # the first picture brings the image, the others refer to it
