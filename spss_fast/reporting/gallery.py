@@ -1,0 +1,230 @@
+"""The gallery's cases: which they are, what the networks make of them, and the slices that tell most."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+
+from spss_fast.config import Config
+from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.layouts import find_cases
+from spss_fast.data.splits import read_annotations
+from spss_fast.engine import selfpaced
+from spss_fast.engine.device import resolve_amp
+from spss_fast.engine.evaluation import Rows
+from spss_fast.engine.inference import sliding_window
+from spss_fast.engine.progress import Progress
+from spss_fast.engine.pseudo_labels import fused_labels, registration_labels
+from spss_fast.errors import UserError
+from spss_fast.evaluate import load_student
+from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.ops.uncertainty import uncertainty_mask
+from spss_fast.reporting.record import Record
+
+
+@dataclass
+class Example:
+    """One case of the gallery. ``masks`` are (H, W, D) bool, by name; that of the annotated slice is 0 elsewhere."""
+
+    name: str
+    rank: str  # why this case, such as "worst of 20"
+    scores: dict[str, float]  # as evaluated; empty where that was not done
+    image: np.ndarray  # (H, W, D) float32
+    spacing: tuple[float, float, float]
+    masks: dict[str, np.ndarray]
+    entropy: np.ndarray | None  # (H, W, D) float32; None before any joint iteration
+    annotated: int | None = None
+    slices: list[tuple[int, str]] = field(default_factory=list)  # slice, and why this one
+
+
+@dataclass
+class Gallery:
+    """Examples of the test cases, of the annotated training volumes, and what could not be shown."""
+
+    tested: list[Example] = field(default_factory=list)
+    annotated: list[Example] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Networks:
+    """The networks of a checkpoint, and what they say about one volume."""
+
+    def __init__(self, record: Record, device: torch.device):
+        content = record.content
+        self.config, self.iteration, self.device = record.config, record.iteration, device
+        self.amp = resolve_amp(record.config.training.amp, device)
+        self.student = load_student(content, device)
+        # the same network, in training mode as ever: its dropout is the Monte-Carlo dropout
+        self.teacher = load_student(content | {"student": content["teacher"]}, device).train()
+        self.registration = RegistrationNet().to(device, memory_format=torch.channels_last)
+        self.registration.load_state_dict(content["registration"])
+
+    def window(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
+        """Mean softmax (C, H, W, D) over windows that overlap by half."""
+        patch = self.config.data.patch
+        return sliding_window(network, image, patch, [side // 2 for side in patch], self.amp)
+
+    def predict(self, image: torch.Tensor) -> np.ndarray:
+        """The student's foreground, (H, W, D) bool."""
+        return (self.window(self.student, image).argmax(0) > 0).cpu().numpy()
+
+    def uncertainty(self, image: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
+        """METHOD step 4 on a whole volume: entropy (H, W, D) of the teacher's mean softmax; and one pass's softmax
+        (C, H, W, D), as step 8 fuses it."""
+        selection, total = self.config.selection, None
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.config.training.seed)
+            for _ in range(selection.passes):
+                noisy = selfpaced.clipped_noise(image.to(self.device), selection)
+                probability = self.window(self.teacher, noisy)
+                total = probability if total is None else total + probability
+        entropy, _ = uncertainty_mask(total[None], selection.passes, 0)
+        return entropy[0].cpu().numpy(), probability
+
+    def labels(self, image: torch.Tensor, annotation: torch.Tensor, index: int) -> torch.Tensor:
+        """The registration label, (1, H, W, D) uint8."""
+        return registration_labels(
+            self.registration, image[None].to(self.device), annotation[None],
+            torch.tensor([index], device=self.device), self.config.registration, self.amp,
+        )
+
+    def fused(self, label: torch.Tensor, probability: torch.Tensor, annotation: torch.Tensor, index: int) -> np.ndarray:
+        """The fused label as the last iteration makes it, (H, W, D) bool."""
+        training = self.config.training
+        progress = max(0, self.iteration - 1) / training.fusion_iterations
+        weight = selfpaced.fusion_weight(progress, training.fusion, training.fusion_power)
+        where = torch.tensor([index], device=self.device)
+        _, fused = fused_labels(label, probability[None, 1], annotation[None].to(self.device), where, weight)
+        return fused[0].cpu().numpy() > 0
+
+
+def gallery(
+    record: Record, count: int, device: torch.device, console: Console, data_dir: Path | None = None
+) -> Gallery:
+    """``count`` test cases and as many annotated volumes, from the worst to the best, with labels made anew from the
+    run's checkpoint. What cannot be shown is said in ``notes``: no checkpoint, no scans."""
+    made = Gallery()
+    if record.content is None:
+        made.notes.append("There is no checkpoint yet, so no network to draw labels with.")
+        return made
+    recorded, config = record.cases, record.config
+    tested = _chosen(record.evaluation, recorded["test"], count)
+    annotated = _chosen(record.labels, list(recorded["annotated"]), count)
+    try:
+        prepared = _prepared(config, Path(data_dir or recorded["data_dir"]), [*tested, *annotated])
+        given = read_annotations(config.data)
+    except UserError as error:
+        made.notes.append(f"The scans could not be read: {error}. Where they lie now is what --data-dir says.")
+        return made
+    lost = [name for name in (*tested, *annotated) if name not in prepared]
+    if lost:
+        made.notes.append(f"Not in the data folder, and so not shown: {', '.join(lost)}. Evaluated with another "
+                          "--data-dir? Give the same one here.")
+    if not record.iteration:
+        made.notes.append("No joint iteration is behind the checkpoint: predictions, fused labels and uncertainty are "
+                          "left out, as the student has learnt nothing yet.")
+    networks = _Networks(record, device)
+    jobs = [(name, rank, False) for name, rank in tested.items() if name in prepared and record.iteration]
+    jobs += [(name, rank, True) for name, rank in annotated.items() if name in prepared]
+    with Progress(console, "gallery", len(jobs)) as progress:
+        for done, (name, rank, labeled) in enumerate(jobs, 1):
+            case = prepared[name]
+            if labeled:
+                example = _annotated_example(networks, case, rank, record, given)
+                made.annotated.append(example)
+                if "reference" not in example.masks:
+                    made.notes.append(f"{name} has no label beside its annotated slice: nothing to compare with.")
+            else:
+                made.tested.append(_tested_example(networks, case, rank, record))
+            progress.update(done, name)
+    return made
+
+
+def _chosen(rows: Rows | None, names: Sequence[str], count: int) -> dict[str, str]:
+    """``count`` cases spread evenly from the worst to the best, each with its place; by list where none is measured."""
+    ordered = list(rows) if rows else list(names)
+    places = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
+    return {ordered[place]: _rank(place, len(ordered), bool(rows)) for place in places}
+
+
+def _rank(place: int, total: int, measured: bool) -> str:
+    if not measured:
+        return f"number {place + 1} of {total}"
+    if place in (0, total - 1) and total > 1:
+        return f"{'best' if place else 'worst'} of {total}"
+    return f"median of {total}" if place == round((total - 1) / 2) else f"rank {place + 1} of {total} from the worst"
+
+
+def _prepared(config: Config, folder: Path, names: list[str]) -> dict[str, PreparedCase]:
+    cases = [case for case in find_cases(config.data.dataset, folder) if case.name in set(names)]
+    return {case.name: case for case in prepare(cases, config.data)}
+
+
+def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: Record) -> Example:
+    image = torch.from_numpy(case.image)
+    masks = {"prediction": networks.predict(image)}
+    entropy, _ = networks.uncertainty(image)
+    if case.has_label:
+        masks["reference"] = case.label() > 0
+    scores = (record.evaluation or {}).get(case.name, {})
+    example = Example(case.name, rank, scores, case.image, case.spacing, masks, entropy)
+    if "reference" in masks:
+        doubt, why, whole = masks["prediction"] ^ masks["reference"], "largest disagreement", "reference"
+    else:
+        doubt, why, whole = entropy, "most uncertain", "prediction"
+    first = _largest(doubt)
+    example.slices = [(first, why), (_largest(masks[whole]), f"largest section of the {whole}")]
+    if example.slices[1][0] == first:
+        far = np.abs(np.arange(doubt.shape[2]) - first) > doubt.shape[2] // 8
+        example.slices.append((_largest(doubt * far), f"{why} elsewhere"))
+    example.slices = _distinct(example.slices)
+    return example
+
+
+def _annotated_example(
+    networks: _Networks, case: PreparedCase, rank: str, record: Record, given: dict[str, int]
+) -> Example:
+    image, index, full = torch.from_numpy(case.image), record.cases["annotated"][case.name], case.label()
+    # as training saw it: a slice that the user names comes from the file itself
+    named = case.name in given
+    mask = case.annotation_from_source(given[case.name], record.config.data) if named else full[:, :, index]
+    annotation = torch.from_numpy(np.array(mask, order="C"))
+    label = networks.labels(image, annotation, index)
+    drawn = np.zeros(case.image.shape, bool)
+    drawn[:, :, index] = mask > 0
+    masks, entropy = {"annotated": drawn, "registration": label[0].cpu().numpy() > 0}, None
+    if record.iteration:
+        entropy, probability = networks.uncertainty(image)
+        masks |= {"fused": networks.fused(label, probability, annotation, index), "prediction": networks.predict(image)}
+    if full is not None and np.delete(full, index, axis=2).any():
+        masks["reference"] = full > 0
+    example = Example(
+        case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, masks, entropy, index
+    )
+    example.slices = [(index, "annotated")]
+    other = masks.get("reference", masks.get("prediction"))
+    if other is not None:
+        against = "reference" if "reference" in masks else "prediction"
+        why = f"registration label and {against} differ most"
+        example.slices.append((_largest(masks["registration"] ^ other), why))
+    example.slices = _distinct(example.slices)
+    return example
+
+
+def _largest(values: np.ndarray) -> int:
+    """The slice with the largest sum."""
+    return int(values.sum((0, 1)).argmax())
+
+
+def _distinct(slices: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """One entry for each slice, with all that it was chosen for."""
+    reasons: dict[int, list[str]] = {}
+    for place, why in slices:
+        reasons.setdefault(place, []).append(why)
+    return [(place, ", ".join(why)) for place, why in reasons.items()]

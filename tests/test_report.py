@@ -1,0 +1,377 @@
+"""The report of a run: a well-formed page of its own, in agreement with the run's files, whatever of them is there."""
+
+import csv
+import json
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from rich.console import Console
+
+from spss_fast import evaluate, report, train
+from spss_fast.config import resolve
+from spss_fast.data.phantom import write_phantoms
+from spss_fast.errors import UserError
+from spss_fast.reporting import charts, findings, gallery, panels, record
+
+SMALL = {
+    "n_labeled": 2, "n_test": 3, "phantoms": 7, "patch": (32, 32, 16), "resample": (32, 32, 16), "filters": 2,
+    "iterations": 3, "registration_epochs": 1, "registration_steps": 2, "registration_pairs": 4, "passes": 2,
+    "negatives": 5, "log_every": 1, "preview_every": 3, "refresh_batches": 1, "workers": 1, "amp": "off",
+    "device": "cpu",
+}
+QUIET = Console(quiet=True)
+VOID = {"meta", "br", "input", "img", "link", "hr"}
+
+
+class Page(HTMLParser):
+    """A page as elements; fails on tags that do not match, and collects what a reader and a browser would see."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.text_of_file = path.read_text(encoding="utf-8")
+        self.feed(self.text_of_file)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> within {self.open}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.words.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+
+    def metrics(self, title: str) -> list[list[str]]:
+        """The rows of the tables of metrics that start with ``title``, header and mean left out."""
+        first = next(i for i, table in enumerate(self.tables) if len(table) > 1 and table[1][0].startswith(title))
+        return self.tables[first][2:]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache) -> Path:
+    """A finished run with an evaluation; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_phantoms(folder / "data", 7, 0, workers=1, progress=False)
+    config = resolve("phantom", SMALL | {"data_dir": str(folder / "data"), "cache_dir": str(cache)})
+    train.train(config, folder / "run", console=QUIET)
+    evaluate.main(["--run", str(folder / "run"), "--stride", "16,16,8"])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def page(finished, tmp_path_factory) -> Page:
+    return Page(report.report(finished, tmp_path_factory.mktemp("page") / "report.html", console=QUIET))
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of the finished run to alter."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def _read(path: Path) -> dict[str, dict[str, float]]:
+    with path.open(newline="") as file:
+        return {row.pop("case"): {name: float(v) for name, v in row.items()} for row in csv.DictReader(file)}
+
+
+def _page(run: Path, cases: int = 0, **options) -> Page:
+    return Page(report.report(run, cases=cases, console=QUIET, **options))
+
+
+def test_nothing_is_fetched_and_no_script_runs(page):
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data"):
+                assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:80])
+    style = page.text_of_file
+    assert "@import" not in style and not re.search(r"url\((?!#)", style)
+    assert len(page.text_of_file) < 5e6
+
+
+def test_references_within_the_page_have_one_target_each(page):
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = [a[name][1:] for _, a in page.tags for name in ("href", "xlink:href") if a.get(name, "").startswith("#")]
+    assert used and set(used) <= set(ids)
+
+
+def test_metrics_agree_with_the_files_worst_first(page, finished):
+    for title, file in (("mean ± sd of 3", "evaluation.csv"), ("mean ± sd of 2", "registration_labels.csv")):
+        rows = _read(finished / file)
+        expected = sorted(rows, key=lambda case: rows[case]["dice"])
+        shown = page.metrics(title)
+        assert [line[0] for line in shown] == expected
+        for line in shown:
+            for cell, name in zip(line[1:], ("dice", "jaccard", "hd95", "asd")):
+                value = rows[line[0]][name]
+                assert cell == "–" if np.isnan(value) else abs(float(cell) - value) <= 0.0051
+    dice = np.array([row["dice"] for row in _read(finished / "evaluation.csv").values()])
+    assert f"{dice.mean():.4f} ± {dice.std():.4f}" in page.text
+    assert f"Dice {dice.mean():.3f} ± {dice.std():.3f}" in page.text
+
+
+def test_the_gallery_goes_from_the_worst_to_the_best(page, finished):
+    rows = _read(finished / "evaluation.csv")
+    worst, middle, best = sorted(rows, key=lambda case: rows[case]["dice"])
+    places = [page.text.index(f"{rank} of 3 {case}")
+              for rank, case in (("Worst", worst), ("Median", middle), ("Best", best))]
+    assert places == sorted(places)
+    annotated = json.loads((finished / "cases.json").read_text())["annotated"]
+    for name, index in annotated.items():
+        assert name in page.text and f"Slice {index} of 16: annotated" in page.text
+    classes = [attributes.get("class", "").split()[:1] for tag, attributes in page.tags if tag == "path"]
+    assert {"annotated", "registration", "fused", "prediction", "reference"} <= {c[0] for c in classes if c}
+    assert sum(tag == "image" for tag, _ in page.tags) > 10  # scans and overlays
+
+
+def test_curves_settings_and_environment_are_there(page):
+    titles = ("Stage 1: registration", "Stage 2: losses", "Quality of the pseudo labels", "Pace: L_pace",
+              "K, the voxels", "Uncertainty of the teacher", "Teacher's share of the fused labels", "Ramp")
+    assert all(title in page.text for title in titles)
+    settings = {row[0]: row[1] for table in page.tables for row in table if len(row) == 2}
+    assert settings["iterations"] == "3 (preset: 230)" and settings["temperature"] == "0.07"
+    assert settings["torch"] and settings["command"] and settings["held out"] == "yes"
+
+
+def test_names_are_text_and_not_markup(run):
+    evil = '<img src="https://example.org/x" onerror=go()>&"\''
+    cases = json.loads((run / "cases.json").read_text())
+    for name in ("evaluation.csv", "registration_labels.csv"):
+        rows = _read(run / name)
+        shown = [evil, *list(rows)[1:]]
+        with (run / name).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["case", "dice", "jaccard", "hd95", "asd"])
+            writer.writerows([case, *row.values()] for case, row in zip(shown, rows.values()))
+    cases["test"][0] = evil
+    (run / "cases.json").write_text(json.dumps(cases))
+    page = _page(run)
+    assert not [tag for tag, _ in page.tags if tag == "img"]
+    assert evil in page.text
+    assert [line[0] for line in page.metrics("mean ± sd of 3")].count(evil) == 1
+
+
+def test_without_an_evaluation_the_command_is_named(run):
+    (run / "evaluation.csv").unlink()
+    page = _page(run, cases=1)
+    assert f"python -m spss_fast.evaluate --run {run}" in page.text and "not measured yet" in page.text
+    assert "mean ± sd of 3" not in page.text and "mean ± sd of 2" in page.text
+    assert "Number 1 of 3" in page.text and "the prediction drawn here has Dice" in page.text
+
+
+def test_an_evaluation_of_older_weights_is_called_so(run):
+    assert "of earlier weights" not in _page(run).text
+    os.utime(run / "evaluation.csv", (0, 0))
+    assert "of earlier weights" in _page(run).text
+
+
+def test_an_evaluation_of_other_cases_is_called_so(run):
+    cases = json.loads((run / "cases.json").read_text())
+    cases["test"] = cases["train"][:1]
+    (run / "cases.json").write_text(json.dumps(cases))
+    assert "3 cases of another folder than the run's own" in _page(run).text
+
+
+def test_a_run_under_way(run):
+    """No checkpoint yet, a line of a CSV half written, nothing measured."""
+    for name in ("evaluation.csv", "registration_labels.csv", "checkpoints/last.pt"):
+        (run / name).unlink()
+    lines = (run / "joint.csv").read_text().splitlines()
+    (run / "joint.csv").write_text("\n".join([*lines[:3], lines[3][:10]]))
+    page = _page(run, cases=3)
+    assert "2 of 3 joint iterations, not finished" in page.text
+    assert "There is no checkpoint yet" in page.text and "measured at the end of training" in page.text
+    (run / "joint.csv").unlink()
+    (run / "registration.csv").unlink()
+    page = _page(run)
+    assert "Too little is logged yet" in page.text and "0 of 3 joint iterations" in page.text
+
+
+def test_scans_that_are_gone_leave_the_rest(run, finished):
+    cases = json.loads((run / "cases.json").read_text())
+    cases["data_dir"] = str(run / "moved")
+    (run / "cases.json").write_text(json.dumps(cases))
+    page = _page(run, cases=1)
+    assert f"The scans could not be read: the data folder {run / 'moved'} does not exist" in page.text
+    assert "mean ± sd of 3" in page.text
+    page = _page(run, cases=1, data_dir=finished.parent / "data")
+    assert "could not be read" not in page.text and "Worst of 3" in page.text
+
+
+def test_without_full_labels_nothing_is_compared(run, finished, tmp_path):
+    """Test cases without a label, annotated ones with a label of the annotated slice alone."""
+    cases = json.loads((run / "cases.json").read_text())
+    data = Path(shutil.copytree(finished.parent / "data", tmp_path / "data"))
+    for name in cases["test"]:
+        (data / name / "segmentation.nii.gz").unlink()
+    for name in cases["annotated"]:
+        path = data / name / "segmentation.nii.gz"
+        image = sitk.ReadImage(str(path))
+        label = sitk.GetArrayFromImage(image)  # slices last, see test_train
+        kept = int(np.argmax((label > 0).sum((0, 1))))
+        label = np.where(np.arange(label.shape[2]) == kept, label, 0).astype(label.dtype)
+        alone = sitk.GetImageFromArray(label)
+        alone.CopyInformation(image)
+        sitk.WriteImage(alone, str(path))
+        cases["annotated"][name] = None
+    for name in ("evaluation.csv", "registration_labels.csv"):
+        (run / name).unlink()
+    prepared = gallery._prepared(record.read(run).config, data, list(cases["annotated"]))
+    for name, case in prepared.items():
+        cases["annotated"][name] = int(case.label().sum((0, 1)).argmax())
+    (run / "cases.json").write_text(json.dumps(cases))
+    page = _page(run, cases=1, data_dir=data)
+    assert "Not measured: it has no full label." in page.text
+    assert "has no label beside its annotated slice: nothing to compare with." in page.text
+    assert "most uncertain" in page.text and "registration label and prediction differ most" in page.text
+    assert "no annotated volume has a full label" in page.text
+    drawn = [a["class"] for tag, a in page.tags if tag == "path" and a.get("class") == "reference"]
+    assert len(drawn) == 1  # the legend's
+
+
+def test_the_command_says_where_the_page_is(run, capsys):
+    report.main(["--run", str(run), "--cases", "0"])
+    assert f"wrote {run / 'report.html'}" in capsys.readouterr().out
+    assert "Left out, as asked for" in Page(run / "report.html").text
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"cases": -1}, "--cases -1 must not be negative"),
+    ({"out": "."}, "is a folder: name the page"),
+    ({"device": "cuda:99"}, "device cuda:99 cannot be used"),
+])
+def test_options_that_cannot_be(run, options, said):
+    with pytest.raises(UserError, match=said):
+        report.report(run, **options)
+    with pytest.raises(UserError, match="the page cannot be written to"):
+        report.report(run, run / "config.toml" / "report.html", cases=0)
+
+
+def test_files_that_cannot_be_read(run, tmp_path):
+    with pytest.raises(UserError, match=r"no run in .* give the --out of a training"):
+        report.report(tmp_path)
+    (run / "evaluation.csv").write_text("case,dice\na,many\n")
+    with pytest.raises(UserError, match=r"evaluation\.csv is not as the run wrote it"):
+        report.report(run, cases=0)
+    (run / "evaluation.csv").write_text("name,value\n")
+    with pytest.raises(UserError, match="make it again with spss_fast"):
+        report.report(run, cases=0)
+    (run / "cases.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*cases\.json"):
+        report.report(run, cases=0)
+
+
+def test_chosen_cases_spread_from_worst_to_best():
+    rows = {f"case {i}": {"dice": i / 10} for i in range(9)}
+    assert gallery._chosen(rows, [], 3) == {
+        "case 0": "worst of 9", "case 4": "median of 9", "case 8": "best of 9"}
+    assert gallery._chosen(rows, [], 1) == {"case 0": "worst of 9"}
+    assert gallery._chosen(None, ["a", "b"], 5) == {"a": "number 1 of 2", "b": "number 2 of 2"}
+    assert gallery._chosen(None, [], 3) == {}
+
+
+def test_contours_lie_on_the_borders_of_voxels():
+    mask = np.zeros((5, 4), bool)
+    mask[3, 1] = True  # its square reaches from (3, 1) to (4, 2); the outline joins the middles of its sides
+    points = {tuple(map(float, point)) for point in re.findall(r"([\d.]+) ([\d.]+)", panels._outline(mask))}
+    assert points == {(3.0, 1.5), (3.5, 1.0), (4.0, 1.5), (3.5, 2.0)}
+    assert panels._outline(np.zeros((5, 4), bool)) == ""
+    corner = np.zeros((5, 4), bool)
+    corner[0, 0] = True
+    assert panels._outline(corner).endswith("Z")  # closed, though it touches the border
+
+
+def test_curves_are_averaged_and_smoothed():
+    values = np.arange(1200.0)
+    assert len(charts.averaged(values)) == charts.POINTS and charts.averaged(values)[0] == 1.5
+    np.testing.assert_allclose(charts.trend(np.full(40, 3.0)), 3.0)
+    assert charts.trend(values)[600] == 600
+
+
+def test_labels_by_distance_pool_the_volumes():
+    """Two volumes: both right at the annotated slice, one of them short of a voxel one slice further."""
+    reference = np.zeros((4, 1, 5), bool)
+    reference[:2, :, 1:4] = True
+    worse = reference.copy()
+    worse[0, :, 1] = False
+    examples = [
+        gallery.Example("a", "", {}, np.zeros((4, 1, 5)), (1, 1, 1), {"registration": mask, "reference": reference},
+                        None, 2)
+        for mask in (reference, worse)
+    ]
+    np.testing.assert_allclose(charts.dice_by_distance(examples)["registration"], [1, 2 * 7 / 15])
+    assert "2 annotated volumes" in charts.by_distance(examples).note
+    assert charts.by_distance([]) is None
+
+
+@pytest.fixture
+def told(finished):
+    """What is said about training when some curves are others."""
+
+    def say(**changes):
+        told = record.read(finished)
+        told.joint |= {name: np.array(values, float) for name, values in changes.items()}
+        return {finding.text: finding.kind for finding in findings._training(told).findings}
+
+    return say
+
+
+@pytest.mark.parametrize("changes, said, kind", [
+    ({"loss_s": [0.5, 0.3, 0.2]}, "The supervised loss L_s fell from 0.5 to 0.2.", "good"),
+    ({"loss_s": [0.2, 0.3, 0.5]}, "The supervised loss L_s rose: 0.2 at first, 0.5 in the end.", "note"),
+    ({"loss_u": [0.1, np.nan, 0.1]}, "Not finite at some point: loss_u.", "bad"),
+    ({"dice_registration": [0.7] * 3, "dice_fused": [0.8] * 3}, "the teacher mends them", "good"),
+    ({"dice_registration": [0.8] * 3, "dice_fused": [0.7] * 3}, "the teacher spoils them", "bad"),
+    ({"dice_registration": [0.8] * 3, "dice_fused": [0.8] * 3, "w_p": [0.1, 0.2, 0.3]},
+     "with 0.30, the teacher's share never came to matter", "note"),
+    ({"loss_pace": [3, 2, 1], "lambda": [1.5, 2.5, 2.6]}, "Selection opened (L_pace below λ) by iteration 2", "good"),
+    ({"loss_pace": [3, 3, 3], "lambda": [1, 1, 1]}, "Selection never opened: L_pace stayed above λ (3", "note"),
+])
+def test_what_is_said_about_training(told, changes, said, kind):
+    assert [k for text, k in told(**changes).items() if said in text] == [kind]
+
+
+def test_the_worst_case_and_outliers_are_named(finished):
+    measured = record.read(finished)
+    dice = [0.1, 0.8, 0.82, 0.83, 0.84, 0.85, 0.86]
+    measured.evaluation = {f"case {i}": {"dice": d, "hd95": 3.0 if i else np.nan} for i, d in enumerate(dice)}
+    answer = findings._failures(measured, gallery.Gallery())
+    texts = [finding.text for finding in answer.findings]
+    assert answer.figure == "worst: 0.100" and texts[0] == "Worst case of the student: case 0, Dice 0.100."
+    assert any(text.startswith("1 outlier ") and text.endswith("case 0.") for text in texts)
+    assert any(text.endswith("is empty in case 0.") for text in texts)
