@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spss_fast.config import DataSettings
+from spss_fast.data.geometry import PLANES
 from spss_fast.data.preparation import BODY_HU
 
 
@@ -14,11 +15,15 @@ def preparation_steps(settings: DataSettings) -> list[dict[str, Any]]:
     Each has its name under ``step``, its numbers, and the rest in words under ``text``. Axes are those of the array
     (H, W, D) whose element [i, j, k] is voxel (i, j, k) of the image, as SimpleITK counts it.
     """
+    rule = {"coarser": 1.5} if settings.plane == "auto" else {"last": PLANES[settings.plane]}
+    moved = (
+        "If another axis than the last has a spacing more than `coarser` times those of both others, move it to the end"
+        if settings.plane == "auto" else "Then move axis `last` to the end"
+    )
     steps: list[dict[str, Any]] = [{
-        "step": "orient", "orientation": "LPS", "coarser": 1.5,
+        "step": "orient", "orientation": "LPS", **rule,
         "text": "Reorder and flip axes, without interpolation, so that the array axes run to the patient's left, back "
-        "and head (SimpleITK.DICOMOrient to LPS). If another axis than the last has a spacing more than `coarser` "
-        "times those of both others, move it to the end: slices lie along the last axis.",
+        f"and head (SimpleITK.DICOMOrient to LPS). {moved}: slices lie along the last axis.",
     }]
     if settings.body_crop:
         steps.append({

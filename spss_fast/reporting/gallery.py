@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import nn
 
 from spss_fast.config import Config
+from spss_fast.data.annotations import Annotation, read_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases
-from spss_fast.data.splits import read_annotations
 from spss_fast.engine import selfpaced
 from spss_fast.engine.device import resolve_amp
 from spss_fast.engine.evaluation import Rows
@@ -65,14 +65,16 @@ class _Networks:
         self.registration = RegistrationNet().to(device, memory_format=torch.channels_last)
         self.registration.load_state_dict(content["registration"])
 
-    def window(self, network: nn.Module, image: torch.Tensor) -> torch.Tensor:
+    def window(self, network: nn.Module, image: torch.Tensor, statistics: str = "running") -> torch.Tensor:
         """Mean softmax (C, H, W, D) over windows that overlap by half."""
         patch = self.config.data.patch
-        return sliding_window(network, image, patch, [side // 2 for side in patch], self.amp)
+        return sliding_window(
+            network, image, patch, [side // 2 for side in patch], self.amp, statistics=statistics
+        )
 
     def predict(self, image: torch.Tensor) -> np.ndarray:
         """The student's foreground, (H, W, D) bool."""
-        return (self.window(self.student, image).argmax(0) > 0).cpu().numpy()
+        return (self.window(self.student, image, self.config.network.statistics).argmax(0) > 0).cpu().numpy()
 
     def uncertainty(self, image: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """METHOD step 4 on a whole volume: entropy (H, W, D) of the teacher's mean softmax; and one pass's softmax
@@ -188,12 +190,15 @@ def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: 
 
 
 def _annotated_example(
-    networks: _Networks, case: PreparedCase, rank: str, record: Record, given: dict[str, int]
+    networks: _Networks, case: PreparedCase, rank: str, record: Record, given: dict[str, Annotation]
 ) -> Example:
     image, index, full = torch.from_numpy(case.image), record.cases["annotated"][case.name], case.label()
     # as training saw it: a slice that the user names comes from the file itself
-    named = case.name in given
-    mask = case.annotation_from_source(given[case.name], record.config.data) if named else full[:, :, index]
+    if case.name in given:
+        named = given[case.name]
+        mask = case.annotation_from_source(named.index, record.config.data, named.label)
+    else:
+        mask = full[:, :, index]
     annotation = torch.from_numpy(np.array(mask, order="C"))
     label = networks.labels(image, annotation, index)
     drawn = np.zeros(case.image.shape, bool)
