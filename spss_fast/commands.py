@@ -15,12 +15,12 @@ all of it work, without any data: spss-fast train, then spss-fast evaluate --run
 
 # spss_fast/COMMAND.py, with its main(arguments), in the order of their use
 COMMANDS = {
-    "suggest": "which volumes, and which slice of each, to annotate, as pairs for 3D Slicer and ITK-SNAP",
+    "suggest": "which volumes to annotate, and which slice of each, as files that viewers open",
     "prepare": "settings that suit a folder of scans, and its volumes prepared for training",
     "train": "train a network from a folder of scans, a few of which have one annotated slice",
     "evaluate": "Dice, Jaccard and surface distances of a trained run, per case",
     "predict": "label maps of scans, in their own geometry and format",
-    "report": "one HTML page about a run: curves, pseudo-labels, a gallery, metrics of every case",
+    "report": "one HTML page about a run: curves, a gallery, the metrics of every case",
     "export": "the trained network as ONNX, torch.export and plain weights, with the preprocessing it expects",
 }
 
