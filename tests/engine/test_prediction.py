@@ -63,7 +63,7 @@ def test_borders_are_smooth_between_the_coarse_voxels():
 def test_a_file_with_coarse_first_axis_averages_along_the_right_one():
     """The file's slices come first, 6 mm apart; the prepared grid has them last, 2 mm apart."""
     source = Grid.of(to_image(np.zeros((5, 12, 12), np.uint8), Grid((5, 12, 12), (6.0, 2.0, 2.0), (0, 0, 0), KITS)))
-    turned = Grid.of(oriented(to_image(np.zeros(source.size, np.uint8), source)))
+    _, turned = oriented(np.zeros(source.size, np.uint8), source)
     grid = turned.resized((12, 12, 15))
     checkers = torch.zeros(12, 12, 15)
     checkers[::2] = 1  # stripes of 2 mm within a slice, which averaging in plane would blur away
