@@ -47,7 +47,7 @@ class PreparedCase:
         return (self.folder / "label.npy").exists()
 
     def label(self) -> np.ndarray | None:
-        """The full label (H, W, D) uint8 0/1, or None; for drawing annotated slices, monitoring and evaluation only."""
+        """The full label (H, W, D) uint8 in [0, C), or None; for annotated slices, monitoring and evaluation only."""
         return np.load(self.folder / "label.npy", mmap_mode="c") if self.has_label else None
 
     def to_source(self, array: np.ndarray, linear: bool = False) -> sitk.Image:
@@ -74,7 +74,7 @@ class PreparedCase:
         return int(np.floor(self.grid.index(self.source.point(position))[2] + 0.5))
 
     def annotation_from_source(self, index: int, settings: DataSettings) -> np.ndarray:
-        """Slice ``index`` of the original file's label, (H, W) uint8 0/1 on the prepared grid's in-plane lattice.
+        """Slice ``index`` of the original file's label, uint8 (H, W) in [0, C) on the prepared grid's in-plane lattice.
 
         Resampling the whole label would fall between slices where it shrinks their number, and find nothing where
         only this one is annotated.
@@ -148,7 +148,7 @@ def _key(case: Case, settings: DataSettings) -> str:
         raise UserError(f"{error.filename} cannot be opened ({error.strerror}): fetch the file again") from error
     relevant = {
         "window": settings.window, "body_crop": settings.body_crop, "resample": settings.resample,
-        "max_in_plane": settings.max_in_plane, "foreground": sorted(settings.foreground),
+        "max_in_plane": settings.max_in_plane, "foreground": sorted(settings.foreground), "classes": settings.classes,
         # config has applied the factor to resample already
         "downsample": settings.downsample if settings.resample is None else None,
     }
