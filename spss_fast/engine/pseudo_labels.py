@@ -126,7 +126,7 @@ def most_probable(foreground: Tensor) -> Tensor:
     The background's is 1 less those, and it wins ties: with one foreground class that is exactly its ``> 0.5``.
     """
     background = 1 - foreground.sum(1, keepdim=True)
-    return torch.cat([background, foreground], 1).argmax(1)
+    return torch.cat([background, foreground], 1).max(1).indices  # the first of equals, as argmax, many times as fast
 
 
 def voxel_weights(
