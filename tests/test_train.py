@@ -92,7 +92,14 @@ def organs(tmp_path_factory) -> Path:
 
 
 def test_several_classes_train_and_are_measured(settings, organs, tmp_path, capsys):
-    run, changes = tmp_path / "run", {"data_dir": str(organs), "classes": "3,1", "iterations": 12, "preview_every": 12}
+    rows = ["case,slice"]
+    for name in ("case_00000", "case_00001"):
+        label = sitk.GetArrayFromImage(sitk.ReadImage(str(organs / name / "segmentation.nii.gz")))
+        both = [(label == value).sum((0, 1)) for value in (1, 3)]  # the slice axis is the last one here
+        rows.append(f"{name},{np.argmax(np.minimum(*both))}")
+    (tmp_path / "slices.csv").write_text("\n".join(rows))
+    changes = {"data_dir": str(organs), "annotations": str(tmp_path / "slices.csv"), "classes": "3,1"}
+    run, changes = tmp_path / "run", changes | {"iterations": 12, "preview_every": 12}
     train.main(["--dataset", "phantom", "--out", str(run), *_flags(settings | changes)])
     assert ", class 3 0." in " ".join(capsys.readouterr().out.split())
     content = checkpoint.read(run / "checkpoints" / "last.pt")
