@@ -74,7 +74,7 @@ def mean_and_sd(rows: Rows) -> dict[str, tuple[float, float]]:
 
 
 def _names(rows: Rows) -> list[str]:
-    return list(next(iter(rows.values())))
+    return list(next(iter(rows.values()), ()))
 
 
 def _class_values(rows: Rows) -> list[str]:
