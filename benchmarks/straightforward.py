@@ -112,7 +112,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
 
     logits_s = state.student(image)[:labeled]  # 3
     with torch.no_grad():
-        foreground_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].softmax(1)[:, 1]
+        probability_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].softmax(1)
         box = selfpaced.random_box(*image.shape[2:4])  # 5
         mixed = box.paste(view1, view2)
         pseudo_label = box.paste(state.teacher(view1), state.teacher(view2)).argmax(1)
@@ -139,7 +139,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
         features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature
     )
     w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)  # 8
-    label_seg, label = fused_labels(label_reg, foreground_t, annotation, index, w_p)
+    label_seg, label = fused_labels(label_reg, probability_t, annotation, index, w_p)
     weights = voxel_weights(label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from, False)
     ce, dice = reference_weighted_ce_dice(logits_s, label.long(), weights)
     loss_s = 0.5 * (ce + 0.3 * dice)
@@ -148,7 +148,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
     (loss_s + loss_u + loss_c).backward()
     state.sgd.step()
     update_teacher(state.teacher, state.student, t, training.ema)
-    registration_steps(state.registration, state.adam, volumes[:labeled], label, registration, None)  # 10
+    registration_steps(state.registration, state.adam, volumes[:labeled], label[:, None], registration, None)  # 10
     state.iteration += 1
     return {"loss_s": loss_s.detach(), "loss_u": loss_u.detach(), "loss_c": loss_c.detach(),
             "loss_registration": loss_registration}

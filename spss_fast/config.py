@@ -50,6 +50,9 @@ class DataSettings:
     )
     max_in_plane: int = setting(0, "centre-crop slices to at most this many voxels a side; 0 keeps them whole")
     foreground: tuple[int, ...] = setting((), "label values merged into the foreground; empty means every value > 0")
+    classes: tuple[int, ...] = setting(
+        (), "label values kept apart, each a class of its own, instead of one foreground; other values are background"
+    )
     downsample: int = setting(1, "shrink volumes, patch and registration labels' morphology by this factor")
     cache_dir: str = setting("", "where prepared volumes are kept (default: $XDG_CACHE_HOME/spss_fast)")
     workers: int = setting(0, "processes that prepare volumes; 0 means one per core")
@@ -58,6 +61,17 @@ class DataSettings:
         choices=("auto", "dali", "torch"),
     )
     phantoms: int = setting(28, "phantom volumes to write when the phantom folder is empty")
+
+    @property
+    def class_values(self) -> tuple[int, ...]:
+        """The label value of each class c of the networks: 0 of the background, then those of ``classes``; 1 of the
+        one foreground where none are kept apart."""
+        return (0, *(self.classes or (1,)))
+
+    @property
+    def class_count(self) -> int:
+        """C, the channels of the segmentation networks: the background and every foreground class."""
+        return len(self.class_values)
 
 
 @dataclass
@@ -334,6 +348,14 @@ def _check(config: Config) -> None:
         raise UserError(f"setting patch = {data.patch}: sides must be multiples of 16 (four halvings in the V-Net)")
     if data.window is not None and data.window[0] >= data.window[1]:
         raise UserError(f"setting window = {data.window}: the lower bound must be below the upper")
+    if data.classes and data.foreground:
+        raise UserError("settings foreground and classes exclude each other: one merges label values, the other keeps "
+                        "them apart")
+    if len(data.classes) == 1 or len(set(data.classes)) < len(data.classes):
+        raise UserError(f"setting classes = {data.classes}: name two or more different label values (foreground takes "
+                        "those that make one class)")
+    if data.classes and not all(0 < value < 256 for value in data.classes):
+        raise UserError(f"setting classes = {data.classes}: label values lie between 1 and 255, 0 is background")
     if not all(width > 0 and width % 2 for width in (registration.opening, registration.closing)):
         raise UserError("settings opening and closing must be odd (1 leaves labels as they are)")
     if data.n_labeled < training.batch_labeled:

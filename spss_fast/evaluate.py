@@ -17,8 +17,8 @@ from spss_fast.engine import checkpoint
 from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.evaluation import (
     Rows,
+    dice_line,
     evaluate_cases,
-    mean_and_sd,
     print_metrics,
     window_stride,
     write_metrics,
@@ -29,7 +29,7 @@ from spss_fast.errors import UserError
 from spss_fast.nets.vnet import VNet
 
 DESCRIPTION = """Dice, Jaccard, 95% Hausdorff distance and average surface distance of a run's student: on the run's
-test cases, or on every case with a label in another data folder."""
+test cases, or on every case with a label in another data folder. Of several classes, the average and each one's own."""
 
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -113,8 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     if labels.exists():
         with labels.open(newline="") as file:
             annotated = {row.pop("case"): {name: float(v) for name, v in row.items()} for row in csv.DictReader(file)}
-        mean, sd = mean_and_sd(annotated)["dice"]
-        console.print(f"registration labels of {len(annotated)} annotated training volumes: Dice {mean:.4f} ± {sd:.4f}")
+        console.print(f"registration labels of {len(annotated)} annotated training volumes: {dice_line(annotated)}")
 
 
 if __name__ == "__main__":

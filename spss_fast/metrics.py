@@ -59,3 +59,24 @@ def evaluate(
     else:
         hd95 = asd = math.nan
     return result | {"hd95": hd95, "asd": asd}
+
+
+def evaluate_classes(
+    prediction: np.ndarray, reference: np.ndarray, values: Sequence[int], spacing: Sequence[float] | None = None
+) -> dict[str, float]:
+    """:func:`evaluate` of each foreground class of two (H, W, D) label maps in [0, C), averaged over them.
+
+    Beside the averages stand several classes' own metrics, under names like ``dice_VALUE``; ``values`` (C,) are the
+    classes' label values. Distances of a class that is empty in either array are NaN and have no part in the average.
+    """
+    result: dict[str, float] = {}
+    for c, value in enumerate(values[1:], 1):
+        of_class = evaluate(np.asarray(prediction) == c, np.asarray(reference) == c, spacing)
+        result |= {f"{name}_{value}": metric for name, metric in of_class.items()}
+    if len(values) == 2:
+        return of_class
+    means = {}
+    for name in NAMES:
+        known = [result[f"{name}_{value}"] for value in values[1:] if not math.isnan(result[f"{name}_{value}"])]
+        means[name] = sum(known) / len(known) if known else math.nan
+    return means | result

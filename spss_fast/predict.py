@@ -79,10 +79,11 @@ def predict(
     settings of ``run``, or of a checkpoint of ours given as ``weights``, or else by ``config``. Windows overlap by the
     fraction ``overlap`` and blend with a Gaussian; ``mirror`` averages over in-plane flips.
 
-    ``out`` then holds, per scan, ``NAME.EXT``: uint8 labels (0 background, 1 ... C - 1) of the scan's own size,
-    spacing, origin and direction, in its format; with ``probabilities`` also ``NAME_probability.EXT`` (``...1``,
-    ``...2`` for C > 2), and with ``entropy`` ``NAME_entropy.EXT`` (nats), both float32. A scan whose outputs are there
-    and newer than it is skipped. A scan that cannot be used is reported in :attr:`Summary.bad`, and the others go on.
+    ``out`` then holds, per scan, ``NAME.EXT``: uint8 labels (0 background, 1 ... C - 1, or the label values of the
+    run's ``classes``) of the scan's own size, spacing, origin and direction, in its format; with ``probabilities`` also
+    ``NAME_probability.EXT`` (``...1``, ``...2`` for C > 2), and with ``entropy`` ``NAME_entropy.EXT`` (nats), both
+    float32. A scan whose outputs are there and newer than it is skipped. A scan that cannot be used is reported in
+    :attr:`Summary.bad`, and the others go on.
 
     Raises ``UserError`` where the network, its settings, or an input is missing, ``out`` holds predictions made in
     another way, or cannot be written.
@@ -108,6 +109,9 @@ def predict(
     network, config = load_network(run and Path(run), weights and Path(weights), config)
     cases = find_inputs([Path(path) for path in given])
     classes = network.out_conv.out_channels
+    if config.data.classes and config.data.class_count != classes:
+        raise UserError(f"the weights have {classes} classes, but the settings name the {config.data.class_count - 1} "
+                        "label values of --classes: give the run of these weights")
     outputs = [output_paths(case, out, classes, probabilities, entropy) for case in cases]
     refuse_clashes(cases, outputs)
     precision = resolve_amp(amp or config.training.amp, where)
@@ -158,8 +162,8 @@ def _record(network: VNet, config: Config, options: Options) -> dict[str, Any]:
     """Whatever decides the label maps."""
     record = {name: getattr(config.data, name) for name in PREPARATION} | {
         "overlap": options.overlap, "mirror": options.mirror, "largest_component": options.largest_component,
-        "statistics": options.statistics, "classes": network.out_conv.out_channels, "weights": fingerprint(network),
-        "spss_fast": __version__,
+        "statistics": options.statistics, "classes": network.out_conv.out_channels, "values": config.data.classes,
+        "weights": fingerprint(network), "spss_fast": __version__,
     }
     return json.loads(json.dumps(record))  # as it will be read back: tuples are lists
 

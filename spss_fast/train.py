@@ -19,7 +19,7 @@ from spss_fast.data.loader import batches, resolve_loader
 from spss_fast.data.sampling import Batch, Sampler
 from spss_fast.engine import checkpoint
 from spss_fast.engine.device import determinism, peak_memory, resolve_amp, resolve_device
-from spss_fast.engine.evaluation import evaluate_labels, mean_and_sd, write_metrics
+from spss_fast.engine.evaluation import dice_line, evaluate_labels, write_metrics
 from spss_fast.engine.inference import refresh_batch_norm
 from spss_fast.engine.preview import save_preview
 from spss_fast.engine.profiling import phase, profiler
@@ -105,7 +105,7 @@ def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, con
 
 def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Console) -> None:
     """Stage 2: the joint iterations, with metrics, previews and checkpoints on the way."""
-    config, training = state.config, state.config.training
+    config, training, values = state.config, state.config.training, state.config.data.class_values
     sampler = Sampler(dataset.labeled, dataset.unlabeled, config, training.seed)
     if state.iteration >= training.iterations:
         return
@@ -124,12 +124,12 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
             if t % training.log_every == 0 or t == training.iterations:
                 row = {name: float(value) for name, value in outputs.metrics.items()}
                 if batch.reference is not None:
-                    row["dice_registration"] = foreground_dice(outputs.registration, batch.reference)
-                    row["dice_fused"] = foreground_dice(outputs.fused, batch.reference)
+                    row |= foreground_dice("dice_registration", outputs.registration, batch.reference, values)
+                    row |= foreground_dice("dice_fused", outputs.fused, batch.reference, values)
                 folder.log("joint", t, row)
                 progress.update(t, _status(row))
             if t % training.preview_every == 0 or t == training.iterations:
-                save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t)
+                save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t, values)
             if t == training.iterations:
                 finish(state, dataset, loader, folder, console)
             if t % training.checkpoint_every == 0 or t == training.iterations:
@@ -141,13 +141,10 @@ def finish(state: State, dataset: Dataset, loader: Iterator[Batch], folder: RunF
     refresh = state.config.training.refresh_batches
     if refresh:
         refresh_batch_norm(state.student, (batch.image for batch in islice(loader, refresh)), state.amp)
-    rows = evaluate_labels(
-        state.registration, dataset.labeled, state.config.registration, state.device, state.amp
-    )
+    rows = evaluate_labels(state.registration, dataset.labeled, state.config, state.device, state.amp)
     if rows:
         write_metrics(folder.path / "registration_labels.csv", rows)
-        mean, sd = mean_and_sd(rows)["dice"]
-        console.print(f"registration labels of the {len(rows)} annotated volumes: Dice {mean:.4f} ± {sd:.4f}")
+        console.print(f"registration labels of the {len(rows)} annotated volumes: {dice_line(rows)}")
 
 
 def _status(row: dict[str, float]) -> str:

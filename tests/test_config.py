@@ -24,10 +24,17 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_preset(tmp_path):
 
 @pytest.mark.parametrize("dataset", sorted(PRESETS))
 def test_settings_survive_toml_and_checkpoints(dataset, tmp_path):
-    config = resolve(dataset, {"n_labeled": 5, "foreground": "1,2"})
-    file = tmp_path / "config.toml"
-    file.write_text(to_toml(config))
-    assert resolve(dataset, {}, file) == config == from_dict(to_dict(config))
+    for labels in ({"foreground": "1,2"}, {"classes": "5,2"}):
+        config = resolve(dataset, {"n_labeled": 5, **labels})
+        file = tmp_path / "config.toml"
+        file.write_text(to_toml(config))
+        assert resolve(dataset, {}, file) == config == from_dict(to_dict(config))
+
+
+def test_every_class_has_a_label_value():
+    assert resolve("la").data.class_values == resolve("la", {"foreground": "2,3"}).data.class_values == (0, 1)
+    several = resolve("la", {"classes": "5,2,9"}).data
+    assert several.class_values == (0, 5, 2, 9) and several.class_count == 4
 
 
 def test_the_laptop_variant_scales_lengths_and_schedule():
@@ -52,6 +59,12 @@ def test_the_laptop_variant_scales_lengths_and_schedule():
     ({"amp": "fp8"}, "choose one of"),
     ({"window": "240,-160"}, "lower bound"),
     ({"opening": 4}, "must be odd"),
+    ({"classes": "1,2", "foreground": "3"}, "foreground and classes exclude each other"),
+    ({"classes": "2"}, "two or more different"),
+    ({"classes": "1,2,1"}, "two or more different"),
+    ({"classes": "0,1"}, "between 1 and 255"),
+    ({"classes": "1,256"}, "between 1 and 255"),
+    ({"classes": "kidney,liver"}, "setting classes = 'kidney,liver'"),
     ({"n_labeled": 1}, "at least batch_labeled"),
     ({"downsample": 0}, "must be 1 or more"),
 ])

@@ -37,3 +37,22 @@ def test_empty_arrays():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="differ in shape"):
         metrics.evaluate(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
+
+
+def test_classes_are_measured_each_and_averaged():
+    random = np.random.default_rng(0)
+    prediction, reference = (random.integers(0, 4, (9, 8, 7)) for _ in range(2))
+    prediction[prediction == 3] = 0  # a class that the prediction lacks
+    result = metrics.evaluate_classes(prediction, reference, (0, 4, 2, 7), (1.0, 2.0, 3.0))
+    own = [metrics.evaluate(prediction == c, reference == c, (1.0, 2.0, 3.0)) for c in (1, 2, 3)]
+    for value, of_class in zip((4, 2, 7), own):
+        np.testing.assert_equal({name: result[f"{name}_{value}"] for name in metrics.NAMES}, of_class)
+    assert result["dice"] == pytest.approx((own[0]["dice"] + own[1]["dice"]) / 3)
+    assert result["hd95"] == pytest.approx((own[0]["hd95"] + own[1]["hd95"]) / 2) and math.isnan(result["asd_7"])
+    assert list(result)[:4] == list(metrics.NAMES) and len(result) == 16
+
+
+def test_one_foreground_has_no_columns_of_its_own():
+    random = np.random.default_rng(0)
+    prediction, reference = (random.integers(0, 2, (9, 8, 7)) for _ in range(2))
+    assert metrics.evaluate_classes(prediction, reference, (0, 1)) == metrics.evaluate(prediction, reference)

@@ -86,6 +86,51 @@ def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
         assert sorted(row["case"] for row in csv.DictReader(file)) == recorded["test"]
 
 
+@pytest.fixture(scope="module")
+def organs(tmp_path_factory) -> Path:
+    """Phantoms that label liver (3) and spleen (4) beside the kidneys (1)."""
+    folder = tmp_path_factory.mktemp("organs")
+    write_phantoms(folder, 6, 0, (24, 64, 64), (8.0, 5.6, 5.6), workers=1, progress=False, organs=True)
+    return folder
+
+
+def test_several_classes_train_and_are_measured(settings, organs, tmp_path, capsys):
+    rows = ["case,slice"]
+    for name in ("case_00000", "case_00001"):
+        label = sitk.GetArrayFromImage(sitk.ReadImage(str(organs / name / "segmentation.nii.gz")))
+        both = [(label == value).sum((0, 1)) for value in (1, 3)]  # the slice axis is the last one here
+        rows.append(f"{name},{np.argmax(np.minimum(*both))}")
+    (tmp_path / "slices.csv").write_text("\n".join(rows))
+    changes = {"data_dir": str(organs), "annotations": str(tmp_path / "slices.csv"), "classes": "3,1"}
+    run, changes = tmp_path / "run", changes | {"iterations": 12, "preview_every": 12}
+    train.main(["--dataset", "phantom", "--out", str(run), *_flags(settings | changes)])
+    assert ", class 3 0." in " ".join(capsys.readouterr().out.split())
+    content = checkpoint.read(run / "checkpoints" / "last.pt")
+    assert all(len(content[part]["out_conv.weight"]) == 3 for part in ("student", "teacher"))
+    with (run / "joint.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert np.isfinite([list(row.values()) for row in rows]).all()
+    for kind in ("registration", "fused"):
+        dice = [[row[f"dice_{kind}{suffix}"] for row in rows] for suffix in ("", "_3", "_1")]
+        np.testing.assert_allclose(dice[0], np.mean(dice[1:], 0), atol=1e-5)
+        assert min(max(of_class) for of_class in dice[1:]) > 0.3
+    assert np.mean([row["loss_s"] for row in rows[-4:]]) < np.mean([row["loss_s"] for row in rows[:4]])
+
+    evaluate.main(["--run", str(run)])
+    shown = capsys.readouterr().out
+    assert all(f"class {value}" in shown for value in (3, 1)) and "class 2" not in shown
+    with (run / "evaluation.csv").open() as file:
+        names = next(csv.reader(file))
+    assert names[:5] == ["case", "dice", "jaccard", "hd95", "asd"]
+    assert names[5:] == [f"{name}_{value}" for value in (3, 1) for name in names[1:5]]
+
+
+def test_a_class_that_no_annotated_slice_shows_is_named(settings, organs, tmp_path):
+    with pytest.raises(UserError, match="no annotated slice of the 2 holds label value 9"):
+        _train(settings | {"data_dir": str(organs), "classes": "1,9"}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
     _train(settings, tmp_path / "run")
     shutil.copytree(phantoms / "case_00001", tmp_path / "other" / "case_00001")

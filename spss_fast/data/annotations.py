@@ -146,16 +146,22 @@ def _state(folder: Path, suggested: Annotation | None, settings: DataSettings) -
         return f"{folder} holds {found} {ANNOTATION} file: save the annotated slice as {ANNOTATION}.nii.gz in it"
     try:
         stat = files[0].stat()
-        return _find_slice(files[0], (stat.st_mtime_ns, stat.st_size), suggested, tuple(settings.foreground))
+        return _find_slice(files[0], (stat.st_mtime_ns, stat.st_size), suggested, _learnt(settings))
     except OSError as error:
         return f"{files[0]} cannot be opened ({error.strerror})"
     except UserError as error:
         return str(error)
 
 
+def _learnt(settings: DataSettings) -> tuple[str, tuple[int, ...]]:
+    """The setting that names the label values to learn, and those; none where all of them are."""
+    name = "classes" if settings.classes else "foreground"
+    return name, tuple(getattr(settings, name))
+
+
 @lru_cache(maxsize=256)
 def _find_slice(
-    path: Path, stamp: tuple[int, int], suggested: Annotation | None, foreground: tuple[int, ...]
+    path: Path, stamp: tuple[int, int], suggested: Annotation | None, learnt: tuple[str, tuple[int, ...]]
 ) -> Annotation | None:
     """The annotation in a file, or None where it is empty; read once however often it is asked for (``stamp``: its
     time and size, which make another file of it)."""
@@ -165,9 +171,10 @@ def _find_slice(
     if not voxels.size:
         return None
     values = tuple(map(int, np.unique(label.ravel()[voxels])))
-    if foreground and not set(foreground) & set(values):
-        raise UserError(f"{path} is annotated with label value {', '.join(map(str, values))}, but foreground = "
-                        f"{', '.join(map(str, foreground))}: paint with that, or change foreground")
+    setting, wanted = learnt
+    if wanted and not set(wanted) & set(values):
+        raise UserError(f"{path} is annotated with label value {', '.join(map(str, values))}, but {setting} = "
+                        f"{', '.join(map(str, wanted))}: paint with that, or change {setting}")
     # SimpleITK's arrays have their axes in reverse order
     slices = [np.unique(index) for index in np.unravel_index(voxels, label.shape)[::-1]]
     single = [axis for axis in range(3) if slices[axis].size == 1]

@@ -48,7 +48,7 @@ class PreparedCase:
         return (self.folder / "label.npy").exists()
 
     def label(self) -> np.ndarray | None:
-        """The full label (H, W, D) uint8 0/1, or None; for drawing annotated slices, monitoring and evaluation only."""
+        """The full label (H, W, D) uint8 in [0, C), or None; for annotated slices, monitoring and evaluation only."""
         return np.load(self.folder / "label.npy", mmap_mode="c") if self.has_label else None
 
     def to_source(self, array: np.ndarray, linear: bool = False) -> sitk.Image:
@@ -83,8 +83,8 @@ class PreparedCase:
         return int(np.clip(here, 0, self.source.size[axis] - 1))  # a shrunk grid may reach past the last slice
 
     def annotation_from_source(self, index: int, settings: DataSettings, label: Path | None = None) -> np.ndarray:
-        """Slice ``index`` of the original file's label, (H, W) uint8 0/1 on the prepared grid's in-plane lattice; of
-        the file ``label`` on the same grid, where it is given.
+        """Slice ``index`` of the original file's label, uint8 (H, W) in [0, C) on the prepared grid's in-plane lattice;
+        of the file ``label`` on the same grid, where it is given.
 
         Resampling the whole label would fall between slices where it shrinks their number, and find nothing where
         only this one is annotated.
@@ -158,7 +158,7 @@ def _key(case: Case, settings: DataSettings) -> str:
         raise UserError(f"{error.filename} cannot be opened ({error.strerror}): fetch the file again") from error
     relevant = {
         "window": settings.window, "body_crop": settings.body_crop, "resample": settings.resample,
-        "max_in_plane": settings.max_in_plane, "foreground": sorted(settings.foreground),
+        "max_in_plane": settings.max_in_plane, "foreground": sorted(settings.foreground), "classes": settings.classes,
         "plane": settings.plane,
         # config has applied the factor to resample already
         "downsample": settings.downsample if settings.resample is None else None,

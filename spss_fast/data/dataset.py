@@ -8,11 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from spss_fast.config import Config
+from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import check_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import SOURCES, find_cases
-from spss_fast.data.phantom import write_phantoms
+from spss_fast.data.phantom import ORGANS, write_phantoms
 from spss_fast.data.sampling import TrainingVolume, training_volumes, unlabeled_volumes
 from spss_fast.data.splits import Split, make_split
 from spss_fast.errors import UserError
@@ -56,7 +56,8 @@ def data_folder(config: Config, console: Console) -> Path:
         return Path(settings.data_dir)
     folder = Path(settings.data_dir or PHANTOM_FOLDER)
     # nothing where scans are; the rest of them where it was interrupted
-    written = write_phantoms(folder, settings.phantoms, config.training.seed)
+    organs = any(value in ORGANS for value in settings.classes)
+    written = write_phantoms(folder, settings.phantoms, config.training.seed, organs=organs)
     if written:
         console.print(f"wrote {written} phantom volumes to {folder}")
     return folder
@@ -71,9 +72,19 @@ def load(config: Config, console: Console) -> Dataset:
     split = make_split(prepared, folder, config)
     cases = {case.name: case for case in prepared}
     annotated = [cases[name] for name in split.train[: config.data.n_labeled]]
+    labeled = training_volumes(annotated, config.data, config.training.seed)
+    _check_classes(labeled, config.data)
     return Dataset(
-        folder, split,
-        labeled=training_volumes(annotated, config.data, config.training.seed),
+        folder, split, labeled=labeled,
         unlabeled=unlabeled_volumes([cases[name] for name in split.train[config.data.n_labeled :]]),
         test=[cases[name] for name in split.test],
     )
+
+
+def _check_classes(volumes: list[TrainingVolume], settings: DataSettings) -> None:
+    """Raise ``UserError`` for a class that no annotated slice shows: nothing could be learnt of it."""
+    shown = {int(c) for volume in volumes for c in volume.annotation.unique()}
+    for c, value in enumerate(settings.class_values):
+        if c and c not in shown:
+            raise UserError(f"no annotated slice of the {len(volumes)} holds label value {value}, a class of its own: "
+                            "name slices that do with --annotations, or strike it from --classes")

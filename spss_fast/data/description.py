@@ -70,6 +70,7 @@ def class_descriptions(settings: DataSettings, classes: int) -> list[dict[str, A
     """What each of the network's ``classes`` output channels stands for in the label maps that it learnt from."""
     merged = list(settings.foreground) or "all above 0"
     return [{"index": 0, "name": "background"}] + [
-        {"index": c, "name": f"foreground {c}" if classes > 2 else "foreground", "label_values": merged}
+        {"index": c, "name": f"foreground {c}" if classes > 2 else "foreground",
+         "label_values": [settings.class_values[c]] if settings.classes else merged}
         for c in range(1, classes)
     ]

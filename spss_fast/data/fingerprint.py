@@ -146,7 +146,8 @@ def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], annota
     spacing = np.median(sizes * spacings, axis=0) / resample if resample else np.median(spacings, axis=0) * factor
     sizes = np.tile(resample, (len(scans), 1)) if resample else -(-sizes // factor)
     add("patch", lambda: _patch(sizes, spacing, PATCH_VOXELS // factor**3))
-    add("foreground", lambda: _foreground(scans, data_dir))
+    if not given.get("classes"):
+        add("foreground", lambda: _foreground(scans, data_dir))
     labelled = sum(bool(scan.values) for scan in scans)
     n_test = add("n_test", lambda: _n_test(len(scans), labelled, annotated, data_dir))
     add("n_labeled", lambda: _n_labeled(len(scans), labelled, annotated, n_test))

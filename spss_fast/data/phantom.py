@@ -3,7 +3,7 @@
 Two kidneys (now and then with a tumour) of varying shape, size and place lie among liver, spleen, bowel, muscle and
 vessels of similar intensity, in a body that differs from volume to volume and bends from slice to slice; noise and a
 bias field cover all of it. Organs are ellipsoids in millimetres, bent and roughened by smooth random fields. Nothing
-in them comes from a patient.
+in them comes from a patient. Labels are KiTS19's, kidney and tumour, and on request liver and spleen beside them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from spss_fast.errors import UserError
 
 IMAGE, LABEL = RAW["kits_raw"]
 KIDNEY, TUMOUR = 1, 2
+ORGANS = LIVER, SPLEEN = 3, 4  # not in KiTS19
 # KiTS19's files: first axis from head to feet, then front to back, then right to left
 KITS_DIRECTION = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, -1.0, 0.0, 0.0)
 
@@ -34,16 +35,19 @@ KITS_DIRECTION = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, -1.0, 0.0, 0.0)
 def write_phantoms(
     folder: Path, count: int, seed: int, shape: tuple[int, int, int] = (48, 128, 128),
     spacing: tuple[float, float, float] = (4.0, 2.8, 2.8), workers: int = 0, progress: bool = True,
+    organs: bool = False,
 ) -> int:
     """Writes ``case_00000`` to ``count`` - 1 into ``folder``, each with an image and a label; returns how many.
 
-    ``shape`` and ``spacing`` (mm) are those of the files: slices first. Case i depends on ``seed``, i and them alone.
+    ``shape`` and ``spacing`` (mm) are those of the files: slices first. Case i depends on ``seed``, i and them alone;
+    with ``organs`` its label holds liver and spleen too.
     A folder that holds scans of any other origin is left as it is, 0 are written; one that an interrupted call with
     the same arguments left is completed. No existing case is written to. Raises ``UserError`` where the folder cannot
     be written.
     """
     folder = Path(folder)
-    recipe = f"phantoms of seed {seed}, shape {tuple(shape)}, spacing {tuple(map(float, spacing))}\n"
+    recipe = f"phantoms of seed {seed}, shape {tuple(shape)}, spacing {tuple(map(float, spacing))}"
+    recipe += ", with organs\n" if organs else "\n"
     marker = folder / "phantoms.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,7 @@ def write_phantoms(
         missing = [i for i in range(count) if not (folder / f"case_{i:05d}").exists()]
         if not missing:
             return 0
-        jobs = [(folder, i, seed, shape, spacing) for i in missing]
+        jobs = [(folder, i, seed, shape, spacing, organs) for i in missing]
         for _ in parallel(_write, jobs, workers, "writing phantoms", progress):
             pass
     except OSError as error:
@@ -64,8 +68,10 @@ def write_phantoms(
     return len(missing)
 
 
-def _write(folder: Path, number: int, seed: int, shape: Sequence[int], spacing: Sequence[float]) -> None:
-    image, label = phantom(np.random.default_rng([seed, number]), shape, spacing)
+def _write(
+    folder: Path, number: int, seed: int, shape: Sequence[int], spacing: Sequence[float], organs: bool
+) -> None:
+    image, label = phantom(np.random.default_rng([seed, number]), shape, spacing, organs)
     grid = Grid(tuple(shape), tuple(map(float, spacing)), direction=KITS_DIRECTION)
     temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
@@ -79,15 +85,18 @@ def _write(folder: Path, number: int, seed: int, shape: Sequence[int], spacing: 
 
 
 def phantom(
-    random: np.random.Generator, shape: Sequence[int], spacing: Sequence[float]
+    random: np.random.Generator, shape: Sequence[int], spacing: Sequence[float], organs: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One volume: image int16 in Hounsfield units and label uint8 (1 kidney, 2 tumour), both of ``shape``: slices from
-    head to feet, rows from front to back, columns from right to left; ``spacing`` in mm per axis."""
+    """One volume: image int16 in Hounsfield units and label uint8 (1 kidney, 2 tumour, with ``organs`` 3 liver and 4
+    spleen), both of ``shape``: slices from head to feet, rows from front to back, columns from right to left;
+    ``spacing`` in mm per axis."""
     scene = _Scene(random, shape, spacing)
     _torso(scene)
     _digestive(scene)
     _skeleton(scene)
     _kidneys(scene)
+    if organs:
+        scene.label = np.where(scene.label > 0, scene.label, scene.organs)
     return scene.scan()
 
 
@@ -108,6 +117,7 @@ class _Scene:
         self.points = np.stack([x, y, z]).astype(np.float32)
         self.hu = np.full(shape, -1000, np.float32)
         self.label = np.zeros(shape, np.uint8)
+        self.organs = np.zeros(shape, np.uint8)  # labels of what other organs do not cover yet
         self.box = (slice(None),) * 3  # where to compute and paint
         self.height = shape[0] * spacing[0] / 2  # half, mm
         self.width = random.uniform(0.80, 0.93) * shape[2] * spacing[2] / 2  # the body's half axes, mm
@@ -156,6 +166,7 @@ class _Scene:
         cover = np.clip(0.5 - (radius - 1) * (semi / self.spacing[2]), 0, 1)
         canvas = self.hu[self.box]
         canvas += cover * (hu - canvas)
+        self.organs[self.box][radius < 1] = 0
 
     def organ(self, centre, semi, hu: float, degrees=(0, 0, 0), roughness: float = 1.0) -> np.ndarray:
         """Paints an ellipsoid with a rough surface, within the muscular wall; returns its radius field."""
@@ -189,10 +200,12 @@ def _torso(scene: _Scene) -> None:
     w, d, h = scene.width, scene.depth, scene.height
     organ = u(88, 118)
     liver = (0.50 * w, 0.66 * d, u(0.66, 0.95) * h)
-    scene.organ((-0.42 * w, -0.10 * d, 0.62 * h), liver, organ, (0, u(10, 28), 0), 0.7)
-    scene.organ((0.10 * w, -0.42 * d, 0.72 * h), (0.42 * w, 0.30 * d, 0.35 * h), organ, (0, 10, 0), 0.7)
+    right = scene.organ((-0.42 * w, -0.10 * d, 0.62 * h), liver, organ, (0, u(10, 28), 0), 0.7)
+    left = scene.organ((0.10 * w, -0.42 * d, 0.72 * h), (0.42 * w, 0.30 * d, 0.35 * h), organ, (0, 10, 0), 0.7)
+    scene.organs[np.minimum(right, left) < 1] = LIVER
     spleen = (0.66 * w, 0.28 * d, u(0.45, 0.70) * h)
-    scene.organ(spleen, (0.21 * w, 0.36 * d, u(0.36, 0.48) * h), organ + u(10, 45), (0, 0, u(-25, 0)))
+    semi = (0.21 * w, 0.36 * d, u(0.36, 0.48) * h)
+    scene.organs[scene.organ(spleen, semi, organ + u(10, 45), (0, 0, u(-25, 0))) < 1] = SPLEEN
     for side in (-1, 1):
         lung = scene.radius((side * 0.5 * w, 0.15 * d, 1.45 * h), (0.42 * w, 0.72 * d, u(0.62, 0.80) * h))
         scene.paint(np.maximum(lung, scene.cavity / 1.02), 0.4 * w, u(-860, -780))

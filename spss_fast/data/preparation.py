@@ -17,7 +17,7 @@ SLAB = 1 << 20  # voxels worked on at once
 
 
 def prepare_scan(scan: Scan, case: Case, settings: DataSettings) -> tuple[np.ndarray, np.ndarray | None, Grid]:
-    """The prepared image (H, W, D) float32, its label uint8 0/1 (None where the scan has none), and their grid.
+    """The prepared image (H, W, D) float32, its label uint8 in [0, C) (None where the scan has none), and their grid.
 
     HDF5 cases are windowed and cropped already, so only the resampling and the z-score apply to them. Raises
     ``UserError`` for a label without foreground and an image without contrast.
@@ -27,7 +27,7 @@ def prepare_scan(scan: Scan, case: Case, settings: DataSettings) -> tuple[np.nda
         # merged where it is small; foreground that only resampling loses is no matter here
         label = foreground(np.ascontiguousarray(resample(scan.label, scan.grid, grid, linear=False)), settings)
         if not label.any() and not foreground(scan.label, settings).any():
-            values = ", ".join(map(str, settings.foreground)) or "any above 0"
+            values = ", ".join(map(str, settings.foreground or settings.classes)) or "any above 0"
             raise UserError(f"{case.label} holds no foreground (label value {values}): annotate it, or take it away to "
                             "use the scan unlabelled")
     image = resampled(scan, grid, None if case.preprocessed else settings.window)
@@ -102,7 +102,12 @@ def block_means(image: np.ndarray, factors: Sequence[int], window: tuple[float, 
 
 
 def foreground(label: np.ndarray, settings: DataSettings) -> np.ndarray:
-    """uint8 0/1: the label values of ``settings.foreground`` merged, or every one above 0 where it is empty."""
+    """uint8 classes in [0, C): the label values of ``settings.classes`` as 1, 2, ... in their order; where it is empty,
+    those of ``settings.foreground`` merged to 1, or every one above 0."""
+    if settings.classes:
+        class_of = np.zeros(256, np.uint8)
+        class_of[list(settings.class_values)] = np.arange(settings.class_count)
+        return class_of[label]
     merged = np.isin(label, settings.foreground) if settings.foreground else label > 0
     return merged.astype(np.uint8)
 

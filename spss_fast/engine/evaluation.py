@@ -13,14 +13,14 @@ from rich.table import Table
 from torch import nn
 
 from spss_fast import metrics
-from spss_fast.config import Config, RegistrationSettings
+from spss_fast.config import Config
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.sampling import TrainingVolume
 from spss_fast.engine.checkpoint import atomically
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.pseudo_labels import registration_labels
 
-Rows = dict[str, dict[str, float]]  # case name to its metrics
+Rows = dict[str, dict[str, float]]  # case name to its metrics, as metrics.evaluate_classes names them
 
 
 def window_stride(patch: Sequence[int]) -> tuple[int, int, int]:
@@ -34,7 +34,7 @@ def evaluate_cases(
 ) -> Rows:
     """Metrics of the student on prepared cases with full labels; distances in voxels, or mm with ``spacing``."""
     student.eval()
-    rows = {}
+    rows, values = {}, config.data.class_values
     for case in cases:
         label = case.label()
         if label is None:
@@ -43,12 +43,12 @@ def evaluate_cases(
             student, torch.from_numpy(case.image), config.data.patch, stride, amp, statistics=config.network.statistics
         )
         prediction = probability.argmax(0).cpu().numpy()
-        rows[case.name] = metrics.evaluate(prediction, label, case.spacing if spacing else None)
+        rows[case.name] = metrics.evaluate_classes(prediction, label, values, case.spacing if spacing else None)
     return rows
 
 
 def evaluate_labels(
-    network: nn.Module, volumes: Sequence[TrainingVolume], settings: RegistrationSettings, device: torch.device,
+    network: nn.Module, volumes: Sequence[TrainingVolume], config: Config, device: torch.device,
     amp: torch.dtype | None,
 ) -> Rows:
     """Metrics, in voxels, of the registration labels of whole annotated volumes that have full labels."""
@@ -58,9 +58,11 @@ def evaluate_labels(
             continue
         label = registration_labels(
             network, volume.image[None].to(device), volume.annotation[None],
-            torch.tensor([volume.index], device=device), settings, amp,
+            torch.tensor([volume.index], device=device), config.data.class_count, config.registration, amp,
         )
-        rows[volume.name] = metrics.evaluate(label[0].cpu().numpy(), volume.reference.numpy())
+        rows[volume.name] = metrics.evaluate_classes(
+            label[0].cpu().numpy(), volume.reference.numpy(), config.data.class_values
+        )
     return rows
 
 
@@ -68,25 +70,41 @@ def mean_and_sd(rows: Rows) -> dict[str, tuple[float, float]]:
     """Mean and standard deviation over cases; undefined distances (an empty prediction) are left out."""
     return {
         name: (float(np.nanmean(values)), float(np.nanstd(values)))
-        for name in metrics.NAMES
+        for name in _names(rows)
         if not np.isnan(values := [row[name] for row in rows.values()]).all()
     }
 
 
+def _names(rows: Rows) -> list[str]:
+    return list(next(iter(rows.values()), ()))
+
+
+def _class_values(rows: Rows) -> list[str]:
+    """The label values of classes that are kept apart, none where there is one foreground."""
+    return [name.removeprefix("dice_") for name in _names(rows) if name.startswith("dice_")]
+
+
+def dice_line(rows: Rows) -> str:
+    """Dice over cases, mean ± sd: of all foreground, then of each class that is kept apart."""
+    summary = mean_and_sd(rows)
+    parts = {"Dice": "dice"} | {f"class {value}": f"dice_{value}" for value in _class_values(rows)}
+    return ", ".join("{} {:.4f} ± {:.4f}".format(title, *summary[name]) for title, name in parts.items())
+
+
 def write_metrics(path: Path, rows: Rows) -> None:
-    """One CSV row per case."""
+    """One CSV row per case: ``case,dice,jaccard,hd95,asd``, then ``dice_VALUE`` and so on of classes kept apart."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["case", *metrics.NAMES])
-            writer.writerows([case, *(f"{row[name]:.6g}" for name in metrics.NAMES)] for case, row in rows.items())
+            writer.writerow(["case", *_names(rows)])
+            writer.writerows([case, *(f"{value:.6g}" for value in row.values())] for case, row in rows.items())
 
     atomically(path, write)
 
 
 def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bool = True) -> None:
-    """A table per case, and mean ± sd."""
+    """A table per case, and mean ± sd: of each class that is kept apart, then of their average."""
     table = Table(title=title, title_justify="left")
     table.add_column("case")
     for heading in ("Dice", "Jaccard", f"HD95 ({unit})", f"ASD ({unit})"):
@@ -97,9 +115,13 @@ def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bo
             table.add_row(case, *(f"{value:.4f}" for value in overlaps), *(f"{value:.2f}" for value in distances))
         table.add_section()
     summary = mean_and_sd(rows)
-    cells = [f"{summary[name][0]:.4f} ± {summary[name][1]:.4f}" if name in summary else "-" for name in metrics.NAMES]
-    table.add_row(f"mean of {len(rows)}", *cells)
+    suffixes = {f"class {value}": f"_{value}" for value in _class_values(rows)} | {f"mean of {len(rows)}": ""}
+    for title, suffix in suffixes.items():
+        names = [name + suffix for name in metrics.NAMES]
+        cells = ["{:.4f} ± {:.4f}".format(*summary[name]) if name in summary else "-" for name in names]
+        table.add_row(title, *cells)
     console.print(table)
-    empty = [case for case, row in rows.items() if np.isnan(row["hd95"])]
+    empty = [case for case, row in rows.items() if any(np.isnan(value) for value in row.values())]
     if empty:
-        console.print(f"no distance for {', '.join(empty)}: prediction or reference is empty there")
+        whose = " of a class" * bool(_class_values(rows))
+        console.print(f"no distance{whose} for {', '.join(empty)}: prediction or reference is empty there")

@@ -34,7 +34,7 @@ class Segmentation:
     """What a network says of a scan, on the grid of the scan's file; arrays (H, W, D) along that file's axes."""
 
     grid: Grid
-    label: np.ndarray  # uint8: 0 background, 1 ... C - 1
+    label: np.ndarray  # uint8: 0 background, 1 ... C - 1, or the label values of classes that were kept apart
     probabilities: dict[int, np.ndarray] = field(default_factory=dict)  # float32 per foreground class, where asked for
     entropy: np.ndarray | None = None  # float32, nats, 0 to ln C, where asked for
 
@@ -61,6 +61,8 @@ def segment(
     result = decide(probability, grid, source, probabilities, entropy)
     if options.largest_component:
         keep_largest_components(result.label)
+    if settings.classes:
+        result.label = np.array(settings.class_values, np.uint8)[result.label]
     return result
 
 

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from spss_fast.data.sampling import Batch
 from spss_fast.engine.checkpoint import atomically
 from spss_fast.engine.step import Outputs
 
+# of one foreground, by whose label it is; of several classes, by class, the reference dashed
 COLORS = {"registration": "#ffb000", "fused": "#648fff", "prediction": "#dc267f", "reference": "#00e08a"}
+CLASS_COLORS = ("#ffb000", "#56b4e9", "#ff6f91", "#00e08a", "#b48cff", "#f0e442", "#ff7f0e", "#c8c8c8")
 
 
-def _panel(axis, image: np.ndarray, title: str, contours: dict[str, np.ndarray]) -> None:
+def _class_color(c: int) -> str:
+    return CLASS_COLORS[(c - 1) % len(CLASS_COLORS)]
+
+
+def _panel(axis, image: np.ndarray, title: str, labels: dict[str, np.ndarray], classes: int) -> None:
     low, high = np.percentile(image, (1, 99))
     axis.imshow(image.T, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
-    for name, mask in contours.items():
-        if mask.any():
-            axis.contour(mask.T, [0.5], colors=COLORS[name], linewidths=1.2)
+    for name, label in labels.items():
+        for c in range(1, classes):
+            color, line = COLORS[name], "solid"
+            if classes > 2:
+                color, line = _class_color(c), "dashed" if name == "reference" else "solid"
+            if (label == c).any():
+                axis.contour((label == c).T, [0.5], colors=color, linewidths=1.2, linestyles=line)
     axis.set_title(title, fontsize=9)
     axis.set_axis_off()
 
 
-def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int) -> None:
+def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, values: Sequence[int]) -> None:
     """One row per annotated volume of the batch, at its annotated slice and half way to either end of the patch.
 
     Columns: registration label, fused label and the student's prediction, each with the reference where a full label
-    exists; then the mixed image m with the voxels that the uncertainty mask M selects.
+    exists; then the mixed image m with the voxels that the uncertainty mask M selects. ``values`` (C,) are the classes'
+    label values, for the legend of several.
     """
     image = batch.image[:, 0].cpu().numpy()
     rows = [(i, z) for i in range(len(batch.index)) for z in _slices(int(batch.index[i]), image.shape[-1])]
@@ -41,15 +54,21 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int) -> 
     for (i, z), row in zip(rows, axes):
         star = " (annotated)" if z == int(batch.index[i]) else ""
         for axis, (name, label) in zip(row, labels.items()):
-            contours = {name: label[i, :, :, z]}
+            shown = {name: label[i, :, :, z]}
             if batch.reference is not None:
-                contours = {"reference": batch.reference[i, :, :, z].numpy()} | contours
-            _panel(axis, image[i, :, :, z], f"{name}, slice {z}{star}", contours)
-        _panel(row[3], mixed[i, :, :, z], f"m, selected voxels: {mask.mean():.1%} of the batch", {})
+                shown = {"reference": batch.reference[i, :, :, z].numpy()} | shown
+            _panel(axis, image[i, :, :, z], f"{name}, slice {z}{star}", shown, len(values))
+        _panel(row[3], mixed[i, :, :, z], f"m, selected voxels: {mask.mean():.1%} of the batch", {}, len(values))
         overlay = np.zeros((*mask.shape[1:3], 4))
         overlay[mask[i, :, :, z]] = (0.4, 0.55, 1.0, 0.45)
         row[3].imshow(overlay.swapaxes(0, 1), interpolation="nearest")
-    reference = "green: reference" if batch.reference is not None else "no full labels to compare with"
+    several = len(values) > 2
+    reference = "no full labels to compare with"
+    if batch.reference is not None:
+        reference = "dashed: reference" if several else "green: reference"
+    if several:
+        lines = [Line2D([], [], color=_class_color(c), label=f"label {v}") for c, v in enumerate(values) if c]
+        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
     figure.suptitle(f"iteration {iteration}: {', '.join(batch.names[: len(batch.index)])} ({reference})", fontsize=10)
     atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
 

@@ -13,27 +13,51 @@ from spss_fast.ops.propagate import propagate
 
 
 def registration_labels(
-    network: nn.Module, volumes: Tensor, annotation: Tensor, index: Tensor, settings: RegistrationSettings,
-    amp: torch.dtype | None,
+    network: nn.Module, volumes: Tensor, annotation: Tensor, index: Tensor, classes: int,
+    settings: RegistrationSettings, amp: torch.dtype | None,
 ) -> Tensor:
     """Carry each annotated slice through its volume (step 2).
 
-    ``volumes`` (L, h, w, d); ``annotation`` (L, h, w) uint8, on the CPU; ``index`` (L,) int64, its slice z*. Returns
-    uint8 (L, h, w, d) on the device of ``volumes``.
+    ``volumes`` (L, h, w, d); ``annotation`` (L, h, w) uint8 in [0, C = ``classes``), on the CPU; ``index`` (L,) int64,
+    its slice z*. Returns uint8 in [0, C) of shape (L, h, w, d) on the device of ``volumes``.
 
-    Keeping the largest component on the way would lose one of a pair of organs, so each of the ``structures`` largest
-    components of the annotated slice is carried on its own; with 1, the slice is carried as it is (as published).
+    Every foreground class is carried on its own. So is each of the ``structures`` largest components that it has in the
+    annotated slice, because keeping the largest component on the way would lose one of a pair of organs; with 1, a
+    class is carried as it is (as published). What the cleaning gives to several classes, :func:`joined` settles.
     """
-    count = settings.structures
-    parts = annotation if count == 1 else split_structures(annotation, count)
+    masks = foreground_masks(annotation, classes)
+    parts, count = masks.flatten(0, 1), settings.structures
+    if count > 1:
+        parts = split_structures(parts, count)
+    chains = len(parts) // max(1, len(annotation))  # per volume
     flows = neighbour_flows(network, volumes, amp)
-    up, down = (flow if count == 1 else flow.repeat_interleave(count, 0) for flow in flows)
+    up, down = (flow if chains == 1 else flow.repeat_interleave(chains, 0) for flow in flows)
     labels = propagate(
-        parts.to(volumes.device), index.repeat_interleave(count), up, down, opening=settings.opening,
+        parts.to(volumes.device), index.repeat_interleave(chains), up, down, opening=settings.opening,
         closing=settings.closing, far_distance=settings.far_distance, far_iterations=settings.far_iterations,
     )
-    if count > 1:
-        labels = restore_annotation(labels.unflatten(0, (-1, count)).amax(1), annotation.to(labels.device), index)
+    if chains == 1:
+        return labels
+    labels = joined(labels.unflatten(0, (-1, classes - 1, count)).amax(2), masks.sum((2, 3)))
+    return restore_annotation(labels, annotation.to(labels.device), index)
+
+
+def foreground_masks(labels: Tensor, classes: int) -> Tensor:
+    """One mask a foreground class of ``labels`` (L, *spatial) in [0, C): uint8 (L, C - 1, *spatial)."""
+    numbers = torch.arange(1, classes, dtype=labels.dtype, device=labels.device)
+    return (labels[:, None] == numbers.view(-1, *[1] * (labels.ndim - 1))).to(torch.uint8)
+
+
+def joined(masks: Tensor, sizes: Tensor) -> Tensor:
+    """One label map of foreground masks (L, C - 1, *spatial): uint8 (L, *spatial) in [0, C).
+
+    Where masks overlap the class of the least of ``sizes`` (L, C - 1), on the CPU, is right, of equal ones the first:
+    a lesion that its organ's mask has closed over stays, and the smaller of two neighbours loses nothing.
+    """
+    labels = torch.zeros_like(masks[:, 0])
+    for label, of_volume, order in zip(labels, masks, sizes.argsort(dim=1, stable=True).flip(1).tolist()):
+        for i in order:  # the smallest last
+            label.masked_fill_(of_volume[i] > 0, i + 1)
     return labels
 
 
@@ -48,10 +72,29 @@ def split_structures(annotation: Tensor, count: int) -> Tensor:
     return parts.flatten(0, 1)
 
 
-def fill_holes(labels: Tensor) -> Tensor:
-    """Fill the 3-D holes of each binary label (L, h, w, d): background that no path joins to the border."""
-    filled = [ndimage.binary_fill_holes(label) for label in labels.cpu().numpy()]
-    return torch.stack([torch.from_numpy(label) for label in filled]).to(labels.device, torch.uint8)
+def fill_holes(labels: Tensor, classes: int) -> Tensor:
+    """Fill the 3-D holes of each class of ``labels`` (L, h, w, d) in [0, C): a copy, uint8.
+
+    A hole of a class is background that no path of face neighbours joins to the border but through that class. Other
+    classes within it stay, and background that several classes enclose goes to the one that encloses it most tightly.
+    """
+    filled = [_without_holes(label, classes) for label in labels.to("cpu", torch.uint8).numpy()]
+    return torch.from_numpy(np.stack(filled)).to(labels.device)
+
+
+def _without_holes(label: np.ndarray, classes: int) -> np.ndarray:
+    background, filled = label == 0, label.copy()
+    tightest = np.full(label.shape, label.size)  # voxels of the smallest enclosure around each voxel so far
+    for c in range(1, classes):
+        regions, _ = ndimage.label(label != c)
+        faces = [np.take(regions, end, axis) for axis in range(label.ndim) for end in (0, -1)]
+        sizes = np.bincount(regions.ravel())
+        sizes[np.unique(np.concatenate([face.ravel() for face in faces]))] = label.size  # open
+        sizes[0] = label.size  # the class itself
+        size = sizes[regions]
+        tighter = background & (size < tightest)
+        filled[tighter], tightest[tighter] = c, size[tighter]
+    return filled
 
 
 def restore_annotation(labels: Tensor, annotation: Tensor, index: Tensor) -> Tensor:
@@ -61,15 +104,29 @@ def restore_annotation(labels: Tensor, annotation: Tensor, index: Tensor) -> Ten
 
 
 def fused_labels(
-    registration: Tensor, foreground: Tensor, annotation: Tensor, index: Tensor, teacher_weight: float,
+    registration: Tensor, probability: Tensor, annotation: Tensor, index: Tensor, teacher_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's labels L_seg and the fused labels y (step 8), both uint8 (L, h, w, d).
+    """The teacher's labels L_seg = argmax p_t and the fused labels y = argmax[(1 - w_p) onehot(L_reg) + w_p p_t] (step
+    8), holes filled and the annotated slice restored, both uint8 in [0, C) of shape (L, h, w, d).
 
-    ``registration`` (L, h, w, d) is L_reg, ``foreground`` (L, h, w, d) float the teacher's p_t of the foreground.
+    ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t.
     """
-    segmentation = restore_annotation(fill_holes(foreground > 0.5), annotation, index)
-    fused = (1 - teacher_weight) * registration.float() + teacher_weight * foreground.float() > 0.5
-    return segmentation, restore_annotation(fill_holes(fused), annotation, index)
+    classes = probability.shape[1]
+    foreground = probability[:, 1:].float()
+    fused = (1 - teacher_weight) * foreground_masks(registration, classes).float() + teacher_weight * foreground
+    return tuple(
+        restore_annotation(fill_holes(most_probable(scores), classes), annotation, index)
+        for scores in (foreground, fused)
+    )
+
+
+def most_probable(foreground: Tensor) -> Tensor:
+    """argmax over C classes (L, *spatial) of probabilities, of which ``foreground`` (L, C - 1, *spatial) are given.
+
+    The background's is 1 less those, and it wins ties: with one foreground class that is exactly its ``> 0.5``.
+    """
+    background = 1 - foreground.sum(1, keepdim=True)
+    return torch.cat([background, foreground], 1).max(1).indices  # the first of equals, as argmax, many times as fast
 
 
 def voxel_weights(

@@ -28,8 +28,11 @@ def negative_ncc(warped: Tensor, fixed: Tensor, window: int = 9) -> Tensor:
 
 
 def soft_dice_loss(warped: Tensor, fixed: Tensor) -> Tensor:
-    """1 - Dice of two foreground maps, squared denominators, over all voxels of all pairs."""
-    return 1 - (2 * (warped * fixed).sum() + SMOOTH) / ((warped**2).sum() + (fixed**2).sum() + SMOOTH)
+    """1 - Dice of two foreground maps (B, C - 1, h, w), squared denominators, over all voxels of all pairs, averaged
+    over classes."""
+    over = (0, 2, 3)
+    dice = (2 * (warped * fixed).sum(over) + SMOOTH) / ((warped**2).sum(over) + (fixed**2).sum(over) + SMOOTH)
+    return (1 - dice).mean()
 
 
 def sample_pairs(volumes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +51,9 @@ def registration_steps(
     """Ten optimizer steps on random neighbouring pairs; returns the last loss, a detached scalar.
 
     ``volumes`` (B, h, w, d) images. Without ``labels`` the loss is the image similarity (stage 1, step 1); with
-    ``labels`` (B, h, w, d), the fused ones, their Dice after the warp joins it (step 10). The network runs under
-    autocast to ``amp``, everything after it in float32. ``scaler`` keeps fp16 gradients from vanishing.
+    ``labels``, the fused ones as foreground masks (B, C - 1, h, w, d), their Dice after the warp joins it (step 10).
+    The network runs under autocast to ``amp``, everything after it in float32. ``scaler`` keeps fp16 gradients from
+    vanishing.
     """
     scaler = scaler or torch.amp.GradScaler(volumes.device.type, enabled=False)
     slices = volumes.movedim(-1, 1).contiguous()  # (B, d, h, w): a pair is two rows
@@ -63,11 +67,11 @@ def registration_steps(
         if label_slices is None:
             warped = warp(moving, displacement)
         else:
-            both = torch.cat([moving, label_slices[volume, from_z][:, None]], 1)
-            warped, warped_label = warp(both, displacement).split(1, 1)
+            both = warp(torch.cat([moving, label_slices[volume, from_z]], 1), displacement)
+            warped, warped_labels = both[:, :1], both[:, 1:]
         loss = F.mse_loss(warped, fixed) if settings.similarity == "mse" else negative_ncc(warped, fixed)
         if label_slices is not None:
-            loss = loss + soft_dice_loss(warped_label, label_slices[volume, to_z][:, None])
+            loss = loss + soft_dice_loss(warped_labels, label_slices[volume, to_z])
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ from spss_fast.config import Config
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import optimizers, selfpaced
 from spss_fast.engine.profiling import phase
-from spss_fast.engine.pseudo_labels import fused_labels, registration_labels, voxel_weights
+from spss_fast.engine.pseudo_labels import foreground_masks, fused_labels, registration_labels, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
@@ -45,7 +45,7 @@ class State:
         network, training = self.config.network, self.config.training
         torch.manual_seed(training.seed)
         # channels last is what the convolutions of CPUs and GPUs are fastest in
-        self.student = VNet(filters=network.filters, dropout=network.dropout).to(
+        self.student = VNet(self.config.data.class_count, network.filters, network.dropout).to(
             self.device, memory_format=torch.channels_last_3d
         )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -70,8 +70,8 @@ class Outputs:
     """What one iteration shows of itself; tensors stay on the device until somebody looks."""
 
     metrics: dict[str, Tensor | float]
-    registration: Tensor  # L_reg (L, h, w, d) uint8
-    fused: Tensor  # y (L, h, w, d) uint8
+    registration: Tensor  # L_reg (L, h, w, d) uint8 in [0, C)
+    fused: Tensor  # y (L, h, w, d) uint8 in [0, C)
     prediction: Tensor  # the student's, in training mode, on the supervised view (L, h, w, d) uint8
     mixed: Tensor  # m (B, 1, h, w, d)
     mask: Tensor  # M (B, h, w, d) bool, voxels of m
@@ -99,6 +99,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     """Stage 2, one iteration: the numbered steps are METHOD's."""
     config, t = state.config, state.iteration
     registration, selection, training = config.registration, config.selection, config.training
+    classes = config.data.class_count
     torch.manual_seed(seed_for(training.seed, 2, t))
     channels_last = {"device": state.device, "memory_format": torch.channels_last_3d}
     image, view1, view2 = (x.to(**channels_last) for x in (batch.image, batch.view1, batch.view2))
@@ -116,7 +117,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     # 2. registration labels
     with phase("propagation"):
         label_reg = registration_labels(
-            state.registration, volumes[:labeled], batch.annotation, index, registration, state.amp
+            state.registration, volumes[:labeled], batch.annotation, index, classes, registration, state.amp
         )
 
     # 3. student on the clean view, teacher on the noisy one; the whole batch, for the batch norm's sake
@@ -124,7 +125,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         logits_s = state.student(image)[:labeled].float()
     with phase("teacher"), state.autocast(), torch.no_grad():
         logits_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].float()
-        foreground_t = logits_t.softmax(1)[:, 1]
+        probability_t = logits_t.softmax(1)
 
     # 5, first half: the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
     height, width = image.shape[2:4]
@@ -135,7 +136,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
 
     # 4. SU: Monte-Carlo entropy, and the K least uncertain voxels of the batch
     with phase("teacher"), torch.no_grad():
-        total = torch.zeros(len(image), 2, *image.shape[2:], device=state.device).contiguous(
+        total = torch.zeros(len(image), classes, *image.shape[2:], device=state.device).contiguous(
             memory_format=torch.channels_last_3d
         )
         for _ in range(selection.passes):
@@ -181,7 +182,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     # 8. fused labels, and the supervised loss on them
     with phase("losses"):
         w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
-        label_seg, label = fused_labels(label_reg, foreground_t, annotation, index, w_p)
+        label_seg, label = fused_labels(label_reg, probability_t, annotation, index, w_p)
         weights = voxel_weights(
             label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
             training.label_weights == "truncated",
@@ -204,8 +205,8 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     # 10. registration steps on the fused labels
     with phase("registration"):
         supervised_registration_loss = registration_steps(
-            state.registration, state.adam, volumes[:labeled], label, registration, state.amp,
-            state.registration_scaler,
+            state.registration, state.adam, volumes[:labeled], foreground_masks(label, classes), registration,
+            state.amp, state.registration_scaler,
         )
     state.iteration += 1
     return Outputs(
@@ -220,8 +221,12 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     )
 
 
-def foreground_dice(prediction: Tensor, reference: Tensor) -> float:
-    """Dice of two binary labels, for monitoring; 1 if both are empty."""
-    prediction, reference = prediction > 0, reference.to(prediction.device) > 0
-    total = int(prediction.sum()) + int(reference.sum())
-    return 2 * int((prediction & reference).sum()) / total if total else 1.0
+def foreground_dice(name: str, prediction: Tensor, reference: Tensor, values: Sequence[int]) -> dict[str, float]:
+    """Dice of two labels in [0, C) averaged over foreground classes, as ``name``, for monitoring; 1 where both are
+    empty. Several classes stand beside it, each as ``name_VALUE``; ``values`` are the classes' label values."""
+    reference, dice = reference.to(prediction.device), {}
+    for c, value in enumerate(values[1:], 1):
+        p, r = prediction == c, reference == c
+        total = int(p.sum()) + int(r.sum())
+        dice[f"{name}_{value}"] = 2 * int((p & r).sum()) / total if total else 1.0
+    return {name: sum(dice.values()) / len(dice)} | (dice if len(dice) > 1 else {})

@@ -72,7 +72,9 @@ def charts(record: Record) -> list[Chart]:
     if "K" in joint:
         made.append(_chart("K, the voxels that are trusted", f"As a share of the {voxels:,} voxels of one patch.", step,
                            {"K": joint["K"] / voxels}, "iteration", drops=drops, percent=True, floor=0))
-    add("Uncertainty of the teacher", f"Mean entropy over all voxels; complete doubt is ln 2 = {math.log(2):.2f}.",
+    classes = config.data.class_count
+    add("Uncertainty of the teacher",
+        f"Mean entropy over all voxels; complete doubt is ln {classes} = {math.log(classes):.2f}.",
         {"entropy": "entropy"}, floor=0)
     add("Stage 2: registration", "Image loss without labels, and with the Dice of the fused labels.",
         {"loss_registration": "images", "loss_registration_labels": "images and labels"})

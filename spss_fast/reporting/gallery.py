@@ -93,7 +93,7 @@ class _Networks:
         """The registration label, (1, H, W, D) uint8."""
         return registration_labels(
             self.registration, image[None].to(self.device), annotation[None],
-            torch.tensor([index], device=self.device), self.config.registration, self.amp,
+            torch.tensor([index], device=self.device), self.config.data.class_count, self.config.registration, self.amp,
         )
 
     def fused(self, label: torch.Tensor, probability: torch.Tensor, annotation: torch.Tensor, index: int) -> np.ndarray:
@@ -102,7 +102,7 @@ class _Networks:
         progress = max(0, self.iteration - 1) / training.fusion_iterations
         weight = selfpaced.fusion_weight(progress, training.fusion, training.fusion_power)
         where = torch.tensor([index], device=self.device)
-        _, fused = fused_labels(label, probability[None, 1], annotation[None].to(self.device), where, weight)
+        _, fused = fused_labels(label, probability[None], annotation[None].to(self.device), where, weight)
         return fused[0].cpu().numpy() > 0
 
 

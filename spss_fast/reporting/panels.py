@@ -165,7 +165,7 @@ def _error_colors(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _entropy_colors(entropy: np.ndarray) -> np.ndarray:
-    """(H, W, 4): entropy from 0 (the image itself) to ln 2 (opaque)."""
+    """(H, W, 4): entropy from 0 (the image itself) to ln 2 and beyond (opaque)."""
     share = np.clip(entropy / np.log(2), 0, 1)
     colors = matplotlib.colormaps["inferno"](0.25 + 0.75 * share)
     colors[..., 3] = 0.85 * share

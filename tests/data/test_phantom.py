@@ -6,7 +6,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 
 from spss_fast.data.layouts import find_cases, read_case
-from spss_fast.data.phantom import phantom, write_phantoms
+from spss_fast.data.phantom import LIVER, SPLEEN, phantom, write_phantoms
 from spss_fast.data.splits import make_split
 from spss_fast.errors import UserError
 from tests.data.writing import KITS, prepared, settings_of
@@ -86,6 +86,20 @@ def test_a_case_depends_on_seed_and_number_only(folder, tmp_path):
     assert (other != image).mean() > 0.5
 
 
+def test_organs_are_labelled_on_request_and_change_nothing_else():
+    sizes = (24, 64, 64), (8.0, 5.6, 5.6)
+    for seed in range(3):
+        image, label = phantom(np.random.default_rng(seed), *sizes)
+        same, organs = phantom(np.random.default_rng(seed), *sizes, organs=True)
+        np.testing.assert_array_equal(image, same)
+        np.testing.assert_array_equal(label, np.where(organs > 2, 0, organs))
+        liver, spleen = organs == LIVER, organs == SPLEEN
+        assert liver.sum() > 5 * spleen.sum() > 0
+        # soft tissue, on either side (columns run from right to left), the lungs cut out
+        assert 70 < np.median(image[liver]) < 125 and np.mean(image[liver] < -300) < 0.02
+        assert liver.nonzero()[2].mean() < 32 < spleen.nonzero()[2].mean()
+
+
 def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
@@ -117,7 +131,7 @@ def test_an_interrupted_call_is_completed(tmp_path, monkeypatch):
     assert len(find_cases("phantom", tmp_path)) == 3
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"shape": (12, 40, 40)}])
+@pytest.mark.parametrize("other", [{"seed": 1}, {"shape": (12, 40, 40)}, {"organs": True}])
 def test_phantoms_of_another_recipe_are_left_alone(tmp_path, other):
     write_phantoms(tmp_path, 1, 0, **SMALL)
     before = contents(tmp_path)

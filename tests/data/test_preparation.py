@@ -103,15 +103,19 @@ def test_body_box_holds_the_body_and_leaves_the_table_out():
     np.testing.assert_allclose(stop, [131, 101, 40], atol=2)
 
 
-def test_body_crop_of_a_real_ct(scans, tmp_path):
-    folder = scans("ct")
+def real_organs(scans, tmp_path):
+    """The real CT with several organs in the raw KiTS19 layout: its folder."""
     (tmp_path / "d" / "case_00000").mkdir(parents=True)
     for part, name in (("ct_sm", "imaging"), ("seg", "segmentation")):
         target = tmp_path / "d" / "case_00000" / f"{name}.nii.gz"
-        target.write_bytes((folder / f"example_{part}.nii.gz").read_bytes())
+        target.write_bytes((scans("ct") / f"example_{part}.nii.gz").read_bytes())
+    return tmp_path / "d"
+
+
+def test_body_crop_of_a_real_ct(scans, tmp_path):
     config = settings_of("kits", tmp_path, resample="64 64 32", foreground="2 3")
-    case, = prepared("kits", tmp_path / "d", config)
-    label = sitk.ReadImage(str(folder / "example_seg.nii.gz"))
+    case, = prepared("kits", real_organs(scans, tmp_path), config)
+    label = sitk.ReadImage(str(scans("ct") / "example_seg.nii.gz"))
     kidneys = np.isin(sitk.GetArrayFromImage(label), (2, 3)).transpose(2, 1, 0)
     extent = np.array(case.spacing) * case.grid.size
     full = np.array(label.GetSpacing()) * label.GetSize()
@@ -191,6 +195,21 @@ def test_foreground_merges_the_values_asked_for():
     np.testing.assert_array_equal(foreground(label, config.data), [0, 1, 1, 1])
     config.data.foreground = (2, 5)
     np.testing.assert_array_equal(foreground(label, config.data), [0, 0, 1, 1])
+
+
+def test_classes_keep_the_values_asked_for_apart():
+    label = np.array([0, 1, 2, 5, 255], np.uint8)
+    config = settings_of("kits", Path("."), classes="5,2")
+    np.testing.assert_array_equal(foreground(label, config.data), [0, 0, 2, 1, 0])
+
+
+def test_organs_of_a_real_ct_stay_apart(scans, tmp_path):
+    config = settings_of("kits", tmp_path, resample="64 64 32", classes="5,1,2,3")
+    case, = prepared("kits", real_organs(scans, tmp_path), config)
+    original = sitk.GetArrayFromImage(sitk.ReadImage(str(scans("ct") / "example_seg.nii.gz")))
+    for c, value in enumerate((5, 1, 2, 3), 1):
+        volume = (case.label() == c).sum() * np.prod(case.spacing)
+        assert volume == pytest.approx((original == value).sum() * 27, rel=0.06)
 
 
 def test_preset_grid_of_la_at_half_resolution():

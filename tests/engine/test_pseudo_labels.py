@@ -17,7 +17,7 @@ def test_fused_labels_agree_with_the_vectors(vectors, iteration):
     annotation = torch.stack([registration[i, :, :, z] for i, z in enumerate(index)])
     weight = selfpaced.fusion_weight(iteration / 6000, 0.9, 0.2)
     segmentation, fused = pseudo_labels.fused_labels(
-        registration, archive["teacher_probability"][:, 1], annotation, index, weight
+        registration, archive["teacher_probability"], annotation, index, weight
     )
     assert torch.equal(segmentation.bool(), archive[f"seg_{iteration}"])
     assert torch.equal(fused.bool(), archive[f"fused_{iteration}"])
@@ -28,11 +28,60 @@ def test_holes_are_background_that_no_path_joins_to_the_border():
     label = (torch.rand(2, 12, 11, 10) > 0.45).to(torch.uint8)
     label[0, 3:9, 3:9, 3:9] = 1
     label[0, 5:7, 5:7, 5:7] = 0
-    filled = pseudo_labels.fill_holes(label)
+    filled = pseudo_labels.fill_holes(label, 2)
     for before, after in zip(label.numpy(), filled.numpy()):
         outside, count = ndimage.label(np.pad(before, 1) == 0)
         expected = (outside != outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
         assert count > 1 and np.array_equal(after > 0, expected)
+        assert np.array_equal(after > 0, ndimage.binary_fill_holes(before))
+
+
+@pytest.mark.parametrize("inner, outer", [(1, 2), (2, 1)])
+def test_a_hole_goes_to_the_class_around_it_and_other_classes_stay(inner, outer):
+    label = torch.zeros(1, 20, 20, 20, dtype=torch.uint8)
+    label[0, 1:19, 1:19, 1:19] = outer
+    label[0, 3:5, 3:5, 3:5] = 0  # a hole of the outer class
+    label[0, 8:16, 8:16, 8:16] = inner
+    label[0, 10:14, 10:14, 10:14] = 0  # one of the inner class, which lies within the outer one
+    label[0, 7, 7:17, 7:17] = 0  # between the two: of the outer one
+    label[0, 0, 0, 0] = inner
+    expected = label.clone()
+    expected[0, 3:5, 3:5, 3:5] = expected[0, 7, 7:17, 7:17] = outer
+    expected[0, 10:14, 10:14, 10:14] = inner
+    assert torch.equal(pseudo_labels.fill_holes(label, 3), expected)
+
+
+def test_a_gap_that_only_classes_together_enclose_stays():
+    label = torch.zeros(1, 8, 8, 8, dtype=torch.uint8)
+    label[0, 1:4, 1:7, 1:7], label[0, 4:7, 1:7, 1:7] = 1, 2
+    label[0, 3:5, 3:5, 3:5] = 0
+    assert torch.equal(pseudo_labels.fill_holes(label, 3), label)
+
+
+def test_the_most_probable_class_of_one_foreground_is_that_above_a_half():
+    half = torch.tensor(0.5)
+    near = [half, torch.nextafter(half, torch.tensor(1.0)), torch.nextafter(half, torch.tensor(0.0))]
+    torch.manual_seed(0)
+    foreground = torch.cat([torch.rand(100_000), torch.stack(near), torch.tensor([0.0, 1.0, torch.nan])])
+    decided = pseudo_labels.most_probable(foreground[None, None])
+    assert torch.equal(decided[0] == 1, foreground > 0.5)
+
+
+def test_fused_labels_of_several_classes_are_the_argmax_of_the_mixture():
+    torch.manual_seed(0)
+    probability = torch.randn(2, 4, 6, 7, 8).softmax(1)
+    registration = torch.randint(4, (2, 6, 7, 8), dtype=torch.uint8)
+    index = torch.tensor([3, 5])
+    annotation = torch.randint(4, (2, 6, 7), dtype=torch.uint8)
+    onehot = torch.nn.functional.one_hot(registration.long(), 4).movedim(-1, 1)
+    for weight in (0.0, 0.3, 0.6, 0.9):
+        segmentation, fused = pseudo_labels.fused_labels(registration, probability, annotation, index, weight)
+        mixture = (1 - weight) * onehot + weight * probability
+        for label, scores in ((segmentation, probability), (fused, mixture)):
+            expected = pseudo_labels.fill_holes(scores.argmax(1), 4)
+            expected = pseudo_labels.restore_annotation(expected, annotation, index)
+            assert torch.equal(label, expected)
+        assert (segmentation != fused).any()
 
 
 def test_annotated_slices_are_restored():
@@ -61,8 +110,8 @@ def test_without_displacement_the_annotated_slice_is_copied_through_the_volume()
     annotation = torch.zeros(1, 32, 32, dtype=torch.uint8)
     annotation[0, 8:20, 9:25] = 1
     labels = pseudo_labels.registration_labels(
-        network, torch.randn(1, 32, 32, 6), annotation, torch.tensor([2]), RegistrationSettings(opening=1, closing=1),
-        None,
+        network, torch.randn(1, 32, 32, 6), annotation, torch.tensor([2]), 2,
+        RegistrationSettings(opening=1, closing=1), None,
     )
     assert torch.equal(labels, annotation[..., None].expand(-1, -1, -1, 6))
 
@@ -77,8 +126,50 @@ def test_paired_organs_are_carried_each_on_their_own():
     assert parts.sum((1, 2)).tolist() == [64, 48, 40, 0]
     for structures, kept in ((1, [64, 40]), (2, [112, 40])):
         labels = pseudo_labels.registration_labels(
-            network, torch.randn(2, 32, 32, 4), annotation, torch.tensor([0, 3]),
+            network, torch.randn(2, 32, 32, 4), annotation, torch.tensor([0, 3]), 2,
             RegistrationSettings(opening=1, closing=1, structures=structures), None,
         )
         assert labels[0, :, :, 3].sum() == kept[0] and labels[1, :, :, 0].sum() == kept[1]
         assert torch.equal(labels[0, :, :, 0], annotation[0]) and torch.equal(labels[1, :, :, 3], annotation[1])
+
+
+@pytest.mark.parametrize("structures", [1, 2])
+def test_classes_are_carried_as_they_would_be_alone(structures):
+    torch.manual_seed(0)
+    network, volumes, index = RegistrationNet(), torch.randn(2, 32, 32, 6), torch.tensor([1, 4])
+    torch.nn.init.normal_(network.flow.weight, 0, 1.5)
+    annotation = torch.zeros(2, 32, 32, dtype=torch.uint8)
+    annotation[:, 3:13, 3:13], annotation[:, 18:28, 2:13], annotation[0, 18:30, 18:30] = 1, 2, 1
+    annotation[1, 18:30, 18:30] = 3
+    settings = RegistrationSettings(opening=3, closing=1, structures=structures)
+    labels = pseudo_labels.registration_labels(network, volumes, annotation, index, 4, settings, None)
+    assert labels.dtype == torch.uint8 and labels.shape == volumes.shape
+    for c in (1, 2, 3):
+        alone = pseudo_labels.registration_labels(
+            network, volumes, (annotation == c).to(torch.uint8), index, 2, settings, None
+        )
+        assert torch.equal((labels == c).to(torch.uint8), alone)  # far enough apart not to overlap
+    assert (labels[0] != 3).all() and not torch.equal(labels[0, :, :, 0], labels[0, :, :, 5])
+    for label, slice_, z in zip(labels, annotation, index):
+        assert torch.equal(label[:, :, z], slice_)
+
+
+@pytest.mark.parametrize("lesion, organ", [(1, 2), (2, 1)])
+def test_a_lesion_is_not_closed_over_by_its_organ(lesion, organ):
+    network = RegistrationNet()
+    torch.nn.init.zeros_(network.flow.weight)
+    annotation = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    annotation[0, 6:26, 6:26], annotation[0, 14:17, 14:17] = organ, lesion
+    settings = RegistrationSettings(opening=1, closing=5, far_distance=1, far_iterations=1)
+    labels = pseudo_labels.registration_labels(
+        network, torch.zeros(1, 32, 32, 6), annotation, torch.tensor([0]), 3, settings, None
+    )
+    assert torch.equal(labels, annotation[..., None].expand(-1, -1, -1, 6))
+
+
+def test_of_equally_large_masks_the_first_class_is_right():
+    masks = torch.ones(2, 3, 2, 2, 1, dtype=torch.uint8)
+    masks[0, :, 0] = 0
+    labels = pseudo_labels.joined(masks, torch.tensor([[5, 5, 9], [7, 6, 6]]))
+    assert labels[0, 0].unique().tolist() == [0] and labels[0, 1].unique().tolist() == [1]
+    assert labels[1].unique().tolist() == [2]

@@ -16,9 +16,11 @@ def test_ncc_agrees_with_the_vectors(vectors):
 
 def test_soft_dice_of_equal_and_of_disjoint_maps():
     torch.manual_seed(0)
-    mask = (torch.rand(4, 1, 8, 8) > 0.5).float()
+    mask = (torch.rand(4, 3, 8, 8) > 0.5).float()
     assert registration.soft_dice_loss(mask, mask) < 1e-6
     assert registration.soft_dice_loss(mask, 1 - mask) > 0.999
+    one_of_three = torch.cat([mask[:, :1], 1 - mask[:, 1:]], 1)
+    torch.testing.assert_close(registration.soft_dice_loss(mask, one_of_three), torch.tensor(2 / 3), rtol=1e-3, atol=0)
 
 
 def test_pairs_are_neighbours_in_both_directions_and_reach_every_slice():
@@ -55,7 +57,7 @@ def test_registration_learns_a_drift_and_labels_help():
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     settings = RegistrationSettings(registration_steps=60, registration_pairs=8)
     registration.registration_steps(network, optimizer, volume, None, settings, None)
-    labels = (volume > 0.5).to(torch.uint8)
+    labels = torch.stack([volume > 0.5, volume > 0.9], 1).to(torch.uint8)
     registration.registration_steps(network, optimizer, volume, labels, settings, None)
     up, _ = registration.neighbour_flows(network, volume, None)
     moving, fixed = volume[0].movedim(-1, 0)[:-1, None], volume[0].movedim(-1, 0)[1:, None]

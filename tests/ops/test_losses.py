@@ -47,6 +47,25 @@ def test_vectors(vectors):
         torch.testing.assert_close(actual, v[name].to(actual.dtype), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_dice_is_the_mean_over_classes(classes):
+    """Worked out class by class; only the supervised one leaves the background out."""
+    logits, target, mask, weight = case(8, (2, classes, 6, 5, 7))
+    probability = logits.double().softmax(1)
+
+    def dice(c, weight):
+        p, here = probability[:, c], (target == c).double()
+        return 1 - (2 * (p * here * weight).sum() + 1e-5) / ((p * p * weight + here * weight).sum() + 1e-5)
+
+    def mean(first, weight):
+        return torch.stack([dice(c, weight) for c in range(first, classes)]).mean().float()
+
+    _, masked, whole = masked_ce_dice(logits, target, mask)
+    _, foreground = weighted_ce_dice(logits, target, weight)
+    expected = mean(0, mask.double()), mean(0, 1.0), mean(1, 1.0)
+    torch.testing.assert_close((masked, whole, foreground), expected, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.sampled_from(["probabilities", "logits"]))
 def test_do_not_depend_on_the_order_of_voxels(each_backend, seed, classes, ce_input):
