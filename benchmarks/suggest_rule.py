@@ -59,7 +59,7 @@ def dice_by_slice(case: PreparedCase, network: torch.nn.Module, config: Config, 
     for z in np.flatnonzero(label.any((0, 1))):
         annotation = torch.from_numpy(label[None, :, :, z].copy())
         carried = registration_labels(network, volume, annotation, torch.tensor([z], device=device),
-                                      config.registration, amp)
+                                      config.data.class_count, config.registration, amp)
         dice[z] = metrics.dice(carried[0].cpu().numpy() > 0, label > 0)
     return dice
 
