@@ -1,6 +1,7 @@
 // SPSS_MULTIARCH before a hot function compiles it for baseline x86-64, AVX2 and AVX-512, and the loader picks the best
 // the machine has: one build is fast everywhere and crashes nowhere, which -march=native cannot offer.
-// SPSS_SIMD before a loop says its iterations are independent.
+// SPSS_SIMD before a loop says its iterations are independent; SPSS_SCALAR in a loop's body keeps it from being
+// vectorised, where that would mean slow gather instructions.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -10,3 +11,9 @@
 #endif
 
 #define SPSS_SIMD _Pragma("omp simd")
+
+#if defined(__GNUC__)
+#define SPSS_SCALAR __asm__ volatile("")
+#else
+#define SPSS_SCALAR
+#endif
