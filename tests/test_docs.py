@@ -11,20 +11,24 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")  # whatever the locale, which reading DICOM files may change
+
+
 def blocks(page: str) -> list[str]:
     """The Python code blocks of a page of docs/."""
-    return re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```$", _text(ROOT / "docs" / page), re.MULTILINE | re.DOTALL)
 
 
 def _anchors(page: Path) -> set[str]:
     """What a link may name after #, as GitHub makes it of the headings."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", _text(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)\s]+)\)", _text(page)):
         if target.startswith(("https://", "http://")):
             continue
         path, _, anchor = target.partition("#")
@@ -36,12 +40,12 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_files_of_the_project_that_a_page_names_are_there(page):
     """`spss_fast/ops/warp.py`, `csrc/math/warp.h`, `tests/ops/operator_cases/` ..."""
-    named = re.findall(r"`((?:spss_fast|csrc|kernels|tests|docs|benchmarks)/[\w./-]*)`", page.read_text(encoding="utf-8"))
+    named = re.findall(r"`((?:spss_fast|csrc|kernels|tests|docs|benchmarks)/[\w./-]*)`", _text(page))
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_every_page_is_in_the_index():
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    index = _text(ROOT / "docs" / "index.md")
     assert not [page.name for page in PAGES if page.name != "index.md" and f"]({page.name})" not in index]
 
 
@@ -68,7 +72,7 @@ def test_the_examples_of_the_commands_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     examples = blocks("index.md")
-    assert all(f"### {name}\n" in (ROOT / "docs" / "index.md").read_text(encoding="utf-8") for name in commands.COMMANDS)
+    assert all(f"### {name}\n" in _text(ROOT / "docs" / "index.md") for name in commands.COMMANDS)
     namespace = {"__name__": "example"}
     for number, block in enumerate(examples):
         exec(compile(block, f"index.md, block {number}", "exec"), namespace)
