@@ -287,7 +287,7 @@ def test_a_profiled_run_says_where_its_time_goes(settings, tmp_path, capsys):
     run = tmp_path / "run"
     train.main(["--dataset", "phantom", "--out", str(run), "--profile", "2", *_flags(settings | {"iterations": 5})])
     shown = capsys.readouterr().out
-    table = (run / "profile.txt").read_text()
+    table = (run / "profile.txt").read_text(encoding="utf-8")
     for phase in PHASES:
         line = next(line for line in table.splitlines() if f" {phase} " in line)
         assert float(line.split("│")[2]) > 0 and line.strip()[:20] in shown

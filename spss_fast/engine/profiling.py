@@ -35,7 +35,7 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
         done.export_chrome_trace(str(folder / "trace.json.gz"))
         table = phase_table(done, iterations, device)
         console.print(table)
-        with (folder / "profile.txt").open("w") as file:
+        with (folder / "profile.txt").open("w", encoding="utf-8") as file:
             Console(file=file, width=100).print(table)
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
