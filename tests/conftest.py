@@ -1,5 +1,6 @@
 """What tests share: the folder of real scans and reference vectors beside the checkout, where there is one."""
 
+import locale
 import os
 from pathlib import Path
 
@@ -11,6 +12,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def locale_as_before():
+    """Writing DICOM files, which only tests do, leaves the process in the locale C, where text files are ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture

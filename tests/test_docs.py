@@ -12,7 +12,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def _text(page: Path) -> str:
-    return page.read_text(encoding="utf-8")  # whatever the locale, which reading DICOM files may change
+    return page.read_text(encoding="utf-8")
 
 
 def blocks(page: str) -> list[str]:
