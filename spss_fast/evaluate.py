@@ -22,6 +22,7 @@ from spss_fast.engine.evaluation import (
     print_metrics,
     window_stride,
     write_metrics,
+    write_summary,
 )
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.weights import build_network
@@ -39,7 +40,8 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--data-dir", type=Path, help="folder of scans (default: the run's own)")
     parser.add_argument("--stride", help="voxels between windows, like 18,18,4 (default: LA's, in proportion)")
     parser.add_argument("--units", choices=("voxel", "mm"), default="voxel", help="unit of the distances")
-    parser.add_argument("--out", type=Path, help="CSV of the metrics per case (default: RUN/evaluation.csv)")
+    parser.add_argument("--out", type=Path, help="CSV of the metrics per case, with a JSON of the same name that says "
+                        "what was measured (default: RUN/evaluation.csv)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     return vars(parser.parse_args(arguments))
 
@@ -108,7 +110,11 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     rows, meaning = evaluate(run, stride=stride, **given)
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
-    write_metrics(out or run / "evaluation.csv", rows)
+    out = out or run / "evaluation.csv"
+    write_metrics(out, rows)
+    folder = given["data_dir"] or json.loads((run / "cases.json").read_text())["data_dir"]
+    write_summary(out.with_suffix(".json"), rows, measured=meaning, data_dir=str(Path(folder).resolve()),
+                  units=given["units"])
     labels = run / "registration_labels.csv"
     if labels.exists():
         with labels.open(newline="") as file:

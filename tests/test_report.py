@@ -207,6 +207,15 @@ def test_an_evaluation_of_other_cases_is_called_so(run):
     assert "3 cases of another folder than the run's own" in _page(run).text
 
 
+def test_distances_carry_the_unit_they_were_measured_in(run):
+    assert "HD95 and ASD are in voxels" in _page(run).text
+    about = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(about | {"units": "mm"}))
+    assert "HD95 and ASD are in mm" in _page(run).text
+    (run / "evaluation.json").unlink()
+    assert "in the unit that evaluate was asked for" in _page(run).text
+
+
 def test_a_run_under_way(run):
     """No checkpoint yet, a line of a CSV half written, nothing measured."""
     for name in ("evaluation.csv", "registration_labels.csv", "checkpoints/last.pt"):

@@ -83,7 +83,12 @@ def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "2 held-out cases" in shown and "registration labels of 2 annotated training volumes" in shown
     with (run / "evaluation.csv").open() as file:
-        assert sorted(row["case"] for row in csv.DictReader(file)) == recorded["test"]
+        measured = {row["case"]: float(row["dice"]) for row in csv.DictReader(file)}
+    assert sorted(measured) == recorded["test"]
+    about = json.loads((run / "evaluation.json").read_text())
+    assert about["measured"].startswith("held-out cases") and about["data_dir"] == recorded["data_dir"]
+    assert (about["units"], about["cases"]) == ("voxel", 2)
+    assert about["metrics"]["dice"]["mean"] == pytest.approx(np.mean(list(measured.values())), abs=1e-5)
 
 
 @pytest.fixture(scope="module")

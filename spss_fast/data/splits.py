@@ -100,8 +100,9 @@ def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: in
     """The annotated slice of each annotated case, as an index of its prepared volume's last axis.
 
     Taken from ``annotations`` (a CSV or a folder) where that names the case, else drawn uniformly from the middle three
-    fifths of the slices that hold foreground, by seed and case name. Raises ``UserError`` for a case that is named but
-    not one of ``cases``, a slice that does not exist, that lies in another plane, or that is without foreground.
+    fifths of the slices that hold foreground, by seed and case name; with several classes, from those of them that show
+    the most classes. Raises ``UserError`` for a case that is named but not one of ``cases``, a slice that does not
+    exist, that lies in another plane, or that is without foreground.
     """
     given = read_annotations(settings)
     unknown = [name for name in given if name not in {case.name for case in cases}]
@@ -138,10 +139,13 @@ def _given_slice(case: PreparedCase, annotation: Annotation, settings: DataSetti
 
 
 def _drawn_slice(case: PreparedCase, seed: int) -> int:
-    slices = np.flatnonzero(case.label().any(axis=(0, 1)))
+    label = case.label()
+    slices = np.flatnonzero(label.any(axis=(0, 1)))
     if not slices.size:
         raise UserError(f"{case.case.label}: its foreground is too small to survive resampling to {case.grid.size} "
                         "voxels; resample to more, or leave the case out")
     margin = slices.size // 5
     name = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:8], "little")
-    return int(np.random.default_rng([seed, name]).choice(slices[margin : slices.size - margin]))
+    middle = slices[margin : slices.size - margin]
+    shown = np.array([np.count_nonzero(np.unique(label[:, :, index])) for index in middle])
+    return int(np.random.default_rng([seed, name]).choice(middle[shown == shown.max()]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,6 +103,13 @@ def write_metrics(path: Path, rows: Rows) -> None:
             writer.writerows([case, *(f"{value:.6g}" for value in row.values())] for case, row in rows.items())
 
     atomically(path, write)
+
+
+def write_summary(path: Path, rows: Rows, **about: Any) -> None:
+    """JSON beside the CSV: what was measured (``about``), then mean and standard deviation over cases."""
+    summary = {name: {"mean": mean, "sd": sd} for name, (mean, sd) in mean_and_sd(rows).items()}
+    text = json.dumps(about | {"cases": len(rows), "metrics": summary}, indent=2) + "\n"
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bool = True) -> None:

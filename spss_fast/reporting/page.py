@@ -39,7 +39,7 @@ def render(record: Record, gallery: Gallery) -> str:
         name=record.name, lead=_lead(record), answers=findings.answers(record, gallery),
         strip=charts.dice_of_cases(groups) if groups else "",
         evaluation=_table(record.evaluation), evaluated=record.evaluated, command=findings.command(record),
-        distances="HD95 and ASD are in the unit that evaluate was asked for: voxels, or mm with --units mm.",
+        distances=_distances(record.units),
         notes=gallery.notes, iteration=record.iteration, passes=record.config.selection.passes,
         lines=[{"name": name, "label": label, "color": color, "dash": dash}
                for name, (label, color, dash) in panels.LINES.items()],
@@ -66,6 +66,12 @@ def _lead(record: Record) -> str:
         f"{len(cases['train']) - annotated} unlabelled, {test} {kind}. {record.reached} of "
         f"{record.config.training.iterations} joint iterations, {state}. Started {started}."
     )
+
+
+def _distances(units: str | None) -> str:
+    if units is None:  # a CSV that has lost the JSON beside it
+        return "HD95 and ASD are in the unit that evaluate was asked for: voxels, or mm with --units mm."
+    return "HD95 and ASD are in mm." if units == "mm" else "HD95 and ASD are in voxels (evaluate --units mm: in mm)."
 
 
 def _number(name: str, value: float) -> str:

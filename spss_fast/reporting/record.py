@@ -31,6 +31,7 @@ class Record:
     registration: Curves  # stage 1, by epoch
     joint: Curves  # stage 2, by iteration
     evaluation: Rows | None  # None: `evaluate` has not been run
+    units: str | None  # of the evaluation's distances, "voxel" or "mm", where it says so
     stale: bool  # the checkpoint is newer than the evaluation
     labels: Rows | None  # metrics of the registration labels; None before the end, and without full labels
     content: dict[str, Any] | None
@@ -82,6 +83,7 @@ def read(run: Path, device: torch.device | str = "cpu") -> Record:
         _json(run / "cases.json"), _json(run / "environment.json"),
         *(_curves(run / f"{stage}.csv") for stage in STAGES),
         evaluation=_metrics(evaluation),
+        units=_json(about).get("units") if (about := evaluation.with_suffix(".json")).exists() else None,
         stale=content is not None and evaluation.exists()
         and evaluation.stat().st_mtime < folder.checkpoint.stat().st_mtime,
         labels=_metrics(run / "registration_labels.csv"), content=content,

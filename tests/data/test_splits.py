@@ -148,6 +148,26 @@ def test_few_slices_are_all_eligible(tmp_path, first, last):
     assert drawn == set(range(first, last + 1))
 
 
+def test_several_classes_are_drawn_where_most_of_them_show(tmp_path):
+    names = write_la(tmp_path / "two", 1)
+    label = np.zeros((40, 36, 30), np.uint8)
+    label[4:9, 4:9, 5:25] = 2
+    label[20:29, 20:29, 3:12] = 1  # of 3 .. 24 the middle three fifths are 7 .. 20
+    label[:, :, 10][label[:, :, 10] == 0] = 7  # no class of its own: no reason to prefer this slice
+    write_image(tmp_path / "two" / names[0] / "lgemri.nrrd", np.random.default_rng(0).normal(size=label.shape))
+    write_image(tmp_path / "two" / names[0] / "laendo.nrrd", label)
+
+    def drawn(**flags):
+        config = settings_of("la", tmp_path, **flags)
+        cases = prepared("la", tmp_path / "two", config)
+        return Counter(annotated_slices(cases, config.data, seed)[names[0]] for seed in range(300))
+
+    two = drawn(classes=(1, 2))
+    assert set(two) == {7, 8, 9, 10, 11} and min(two.values()) > 35
+    # merged they are one class, which slice 15 shows as well as any
+    assert set(drawn(foreground=(1, 2))) == set(range(7, 21))
+
+
 def test_a_case_keeps_its_slice_whoever_else_is_annotated(ten, tmp_path):
     cases = ten[2]
     settings = settings_of("la", tmp_path).data
