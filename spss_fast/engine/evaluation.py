@@ -126,8 +126,9 @@ def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bo
     summary = mean_and_sd(rows)
     suffixes = {f"class {value}": f"_{value}" for value in _class_values(rows)} | {f"mean of {len(rows)}": ""}
     for title, suffix in suffixes.items():
-        names = [name + suffix for name in metrics.NAMES]
-        cells = ["{:.4f} ± {:.4f}".format(*summary[name]) if name in summary else "-" for name in names]
+        cells = []
+        for name, form in zip(metrics.NAMES, ("{:.4f} ± {:.4f}",) * 2 + ("{:.2f} ± {:.2f}",) * 2):
+            cells.append(form.format(*summary[name + suffix]) if name + suffix in summary else "-")
         table.add_row(title, *cells)
     console.print(table)
     empty = [case for case, row in rows.items() if any(np.isnan(value) for value in row.values())]
