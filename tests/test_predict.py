@@ -13,11 +13,12 @@ import SimpleITK as sitk
 import torch
 from rich.console import Console
 
-from spss_fast import predict
+from spss_fast import metrics, predict
 from spss_fast.config import resolve
 from spss_fast.data.geometry import Grid
+from spss_fast.data.images import read_grid
 from spss_fast.errors import UserError
-from tests.data.writing import ball, write_image, write_la
+from tests.data.writing import ball, write_image, write_la, write_series
 from tests.engine.thresholding import thresholding_weights, write_run
 
 SMALL = {"patch": (32, 32, 16), "amp": "off", "device": "cpu"}
@@ -72,6 +73,26 @@ def test_a_real_la_case_and_format(scans, run, tmp_path):
     assert path == tmp_path / "out" / "06SR5RBREL16DQ6M8LWS.nrrd" and summary.written.keys() == {case / "lgemri.nrrd"}
     assert _grid(path) == _grid(case / "lgemri.nrrd")
     assert set(np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))) == {0, 1}
+
+
+def test_dicom_series_become_nifti_on_their_own_grid(run, tmp_path):
+    image, label = ball()
+    write_series(tmp_path / "patients" / "p1" / "axial", image)
+    write_series(tmp_path / "patients" / "p2", image, axes=((1, 0, 0), (0, 0, -1)), along=(0, 1, 0))
+    write_series(tmp_path / "patients" / "p3", image, skip=(3,))
+    summary = _predict(tmp_path / "patients", tmp_path / "out", run)
+    assert sorted(path.name for path in summary.written.values()) == ["p1_axial.nii.gz", "p2.nii.gz"]
+    (reason,) = summary.bad.values()
+    assert "lacks slices" in reason
+    for series, path in summary.written.items():
+        grid, expected = _grid(path), read_grid(series)
+        assert grid.size == expected.size
+        for name in ("spacing", "origin", "direction"):
+            np.testing.assert_allclose(getattr(grid, name), getattr(expected, name), atol=1e-5)
+        predicted = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).transpose(2, 1, 0)
+        assert metrics.dice(predicted > 0, label > 0) > 0.9
+    # one series is a folder of its own, and what is done stays
+    assert list(_predict(tmp_path / "patients" / "p2", tmp_path / "out", run).skipped) == [tmp_path / "patients" / "p2"]
 
 
 def test_what_is_done_is_skipped_until_it_is_older_than_its_scan(run, tmp_path):
