@@ -46,7 +46,8 @@ class Summary:
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line to a dictionary; settings that were not given are absent."""
     parser = cli.Parser(prog="spss_fast.predict", description=DESCRIPTION)
-    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="scans (NIfTI, NRRD, MHA), or folders")
+    parser.add_argument("inputs", type=Path, nargs="+", metavar="IN",
+                        help="scans (NIfTI, NRRD, MHA), or folders of them or of DICOM series")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the label maps")
     parser.add_argument("--run", type=Path, help="folder of a trained run: its student, and how it prepares scans")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="another V-Net's weights (.pth, .safetensors)")
