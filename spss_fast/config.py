@@ -53,7 +53,10 @@ class DataSettings:
     classes: tuple[int, ...] = setting(
         (), "label values kept apart, each a class of its own, instead of one foreground; other values are background"
     )
-    downsample: int = setting(1, "shrink volumes, patch and registration labels' morphology by this factor")
+    downsample: int = setting(
+        1, "shrink volumes, patch and registration labels' morphology by this factor, and the schedule with them (a "
+        "--settings file that does not name it is taken to be for full resolution, and shrunk too)"
+    )
     cache_dir: str = setting("", "where prepared volumes are kept (default: $XDG_CACHE_HOME/spss_fast)")
     workers: int = setting(0, "processes that prepare volumes; 0 means one per core")
     loader: str = setting(
@@ -165,7 +168,7 @@ class TrainingSettings:
     profile: int = setting(
         0, "iterations of stage 2 to profile: a table by phase and a Chrome trace; 0 profiles none", bare=10
     )
-    log_every: int = setting(10, "iterations between rows of metrics.csv")
+    log_every: int = setting(10, "iterations between rows of joint.csv")
     preview_every: int = setting(100, "iterations between preview PNGs")
     checkpoint_every: int = setting(100, "iterations between checkpoints")
 
@@ -317,10 +320,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def resolve(dataset: str, flags: dict[str, Any] | None = None, file: Path | None = None) -> Config:
-    """The configuration of a run: the data set's preset, scaled by ``downsample``, then ``file``, then ``flags``.
+    """The configuration of a run: the data set's preset, then ``file``, then ``flags``.
 
-    ``flags`` maps setting names to values (strings are converted to the setting's type). Raises ``UserError`` for an
-    unknown setting or data set and for a value that does not fit.
+    ``flags`` maps setting names to values (strings are converted to the setting's type). ``downsample`` scales whatever
+    stands before it: the preset where ``file`` names it, the preset and ``file`` where ``flags`` do, so that each of
+    the scaled values can still be set. Raises ``UserError`` for an unknown setting or data set, for a value that does
+    not fit, and where ``file`` and ``flags`` disagree on ``downsample``.
     """
     flags = dict(flags or {})
     from_file = _read_toml(file) if file else {}
@@ -329,14 +334,19 @@ def resolve(dataset: str, flags: dict[str, Any] | None = None, file: Path | None
     if preset is None:
         raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(PRESETS)}")
     _assign(config, preset, f"preset {dataset}")
-    # the scaling comes before the other overrides, so that a file or flag can still set each scaled value itself
-    for origin in (from_file, flags):
-        if "downsample" in origin:
-            config.data.downsample = _typed("downsample", origin["downsample"])
-    if config.data.downsample < 1:
+    asked = {name: _typed("downsample", origin["downsample"])
+             for name, origin in (("file", from_file), ("flags", flags)) if "downsample" in origin}
+    if min(asked.values(), default=1) < 1:
         raise UserError("setting downsample must be 1 or more")
+    if len(set(asked.values())) > 1:
+        raise UserError(f"{file} holds settings for downsample = {asked['file']}: leave out --downsample, or give a "
+                        "file of full resolution")
+    if "file" not in asked:
+        _assign(config, from_file, str(file))
+    config.data.downsample = next(iter(asked.values()), 1)
     _scaled(config)
-    _assign(config, from_file, str(file))
+    if "file" in asked:
+        _assign(config, from_file, str(file))
     _assign(config, flags, "the command line")
     config.data.dataset = dataset
     _check(config)

@@ -59,8 +59,9 @@ def cases_to_measure(
     recorded = json.loads((run / "cases.json").read_text())
     own = Path(recorded["data_dir"])
     folder = data_dir or own
-    cases = find_cases(settings.dataset, folder)
-    if folder.resolve() == own.resolve():
+    ours = folder.resolve() == own.resolve()
+    cases = find_cases(settings.dataset if ours else "folder", folder)  # another one may be in any layout
+    if ours:
         cases = [case for case in cases if case.name in set(recorded["test"])]
         meaning = "held-out cases" if recorded["held_out"] else "unlabelled training cases: images seen, labels never"
     else:
@@ -92,7 +93,7 @@ def evaluate(
     if content["iteration"] < config.training.iterations:
         meaning += f"; training stopped at iteration {content['iteration']} of {config.training.iterations}"
     if config.data.downsample > 1:
-        meaning += f"; on the grid {config.data.downsample} times coarser that it trains on"
+        meaning += f"; on the {config.data.downsample} times coarser grid that it trains on"
     return rows, meaning
 
 

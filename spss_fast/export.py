@@ -159,8 +159,8 @@ def _check_formats(formats: Sequence[str]) -> None:
             try:
                 importlib.import_module(package)
             except ImportError as error:
-                raise UserError(f"--format {name} needs {package} ({error}): pip install '.[export]' in the checkout "
-                                "of spss_fast, or choose --format torch,state_dict") from error
+                raise UserError(f"--format {name} needs {package} ({error}): pip install onnx onnxscript onnxruntime "
+                                "safetensors, or choose --format torch,state_dict") from error
 
 
 def _case(run: Path, config: Config, scan: Path | None) -> PreparedCase:

@@ -41,6 +41,7 @@ class Summary:
     written: dict[Path, Path] = field(default_factory=dict)  # its label map
     skipped: dict[Path, Path] = field(default_factory=dict)  # its label map, which was there already
     bad: dict[Path, str] = field(default_factory=dict)  # why there is none, in one line
+    empty: list[Path] = field(default_factory=list)  # those of the written ones that hold background alone
 
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -137,6 +138,8 @@ def predict(
                 continue
             _write(result, paths, case.image)
             summary.written[case.image] = paths["label"]
+            if not result.label.any():
+                summary.empty.append(case.image)
             seconds = time.monotonic() - started
             progress.update(done, f"{case.name} {result.volume_ml():.1f} ml in {seconds:.1f} s")
     return summary
@@ -172,13 +175,13 @@ def _record(network: VNet, config: Config, options: Options) -> dict[str, Any]:
 def _claim(out: Path, record: dict[str, Any], outputs: list[Path], overwrite: bool) -> None:
     """Makes ``out`` the folder of predictions made as ``record`` says; with ``overwrite`` without its old ``outputs``.
 
-    Otherwise what is there already would be skipped, and label maps of two networks would mix. Files that no
-    prediction left there, such as a data set's own labels, are never replaced.
+    Otherwise what is there already would be skipped, and label maps of two networks would mix. A folder of images that
+    no prediction left there, such as scans or a data set's own labels, is refused: label maps would pass for scans.
     """
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = [] if path.exists() else [output for output in outputs if output.exists()]
+        foreign = [] if path.exists() else sorted(file for file in out.iterdir() if suffix_of(file))
         if foreign:
             raise UserError(f"{foreign[0]} is there already and no prediction (no {RECORD} beside it): choose another "
                             "folder")
@@ -230,6 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     summary = predict(**given, config=config)
     print(f"{len(summary.written)} predicted, {len(summary.skipped)} there already, {len(summary.bad)} failed; "
           f"label maps in {given['out']}")
+    if summary.empty:
+        shown = ", ".join(str(path) for path in summary.empty[:4]) + ", ..." * (len(summary.empty) > 4)
+        print(f"nothing but background was found in {len(summary.empty)} of them: {shown}", file=sys.stderr)
     for reason in summary.bad.values():
         print(f"error: {reason}", file=sys.stderr)
     return 1 if summary.bad else 0

@@ -63,7 +63,8 @@ def prepare_folder(
     if settings is None:
         out = out or Path(f"{data_dir.resolve().name}.toml")
         if out.exists():
-            raise UserError(f"{out} exists already: prepare by it with --settings {out}, or choose another --out")
+            raise UserError(f"{out} exists already: prepare by it with --settings {out}; for new proposals (after "
+                            "annotating, say) remove it, or choose another --out")
     elif out is not None:
         raise UserError("--settings prepares by a file, --out writes one: give one of them")
     cases = find_cases("folder", data_dir)

@@ -94,8 +94,9 @@ def suggest(
         write_table(out, listed)
         console.print(f"{item.case}: slice {item.slice} along axis {'xyz'[item.axis]}", highlight=False, soft_wrap=True)
     write_readme(out, listed)
-    console.print(f"annotate one slice in each of the {len(listed)} folders of {out} (README.txt there says how), then "
-                  f"train with --annotations {out} --n-labeled {len(listed)}", highlight=False, soft_wrap=True)
+    console.print(f"annotate one slice in each of the {len(listed)} folders of {out} (README.txt there says how), "
+                  f"then: python -m spss_fast.prepare --data-dir {settings.data_dir} --annotations {out}",
+                  highlight=False, soft_wrap=True)
     return listed
 
 

@@ -76,6 +76,7 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
             train_jointly(state, dataset, folder, console)
         if peak := peak_memory(device):
             console.print(f"peak memory: {peak / 2**30:.2f} GiB", highlight=False)
+        console.print(f"done; {_next_step(dataset, out)}", highlight=False, soft_wrap=True)
     except KeyboardInterrupt:
         checkpoint.save(state, folder.checkpoint)
         console.print(f"stopped at iteration {state.iteration}: --out {out} --resume goes on from here")
@@ -147,6 +148,13 @@ def finish(state: State, dataset: Dataset, loader: Iterator[Batch], folder: RunF
         console.print(f"registration labels of the {len(rows)} annotated volumes: {dice_line(rows)}")
 
 
+def _next_step(dataset: Dataset, out: Path) -> str:
+    if any(case.has_label for case in dataset.test):
+        return f"measure it with: python -m spss_fast.evaluate --run {out}"
+    return (f"no test case has a full label; segment scans with: python -m spss_fast.predict SCANS OUT --run {out}, or "
+            f"measure it on others with: python -m spss_fast.evaluate --run {out} --data-dir LABELLED_SCANS")
+
+
 def _status(row: dict[str, float]) -> str:
     text = f"L_s {row['loss_s']:.3f} L_u {row['loss_u']:.4f} L_c {row['loss_c']:.4f} K {row['K']:.0f}"
     if "dice_fused" in row:
@@ -168,7 +176,6 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         config = resolve(dataset, given, settings)
     train(config, out, resume)
-    print(f"done; measure it with: python -m spss_fast.evaluate --run {out}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,21 @@ def test_the_laptop_variant_scales_lengths_and_schedule():
     assert resolve("kits", {"downsample": 2}).data.resample == (96, 96, 32)
 
 
+def test_the_laptop_variant_shrinks_a_settings_file_of_full_resolution_and_no_other(tmp_path):
+    full, half = tmp_path / "full.toml", tmp_path / "half.toml"
+    full.write_text("patch = [96, 96, 64]\niterations = 4000\n")
+    half.write_text("patch = [96, 96, 64]\niterations = 4000\ndownsample = 2\n")
+    assert resolve("folder", {}, full).data.patch == (96, 96, 64)
+    shrunk = resolve("folder", {"downsample": 2, "lr_every": 77}, full)
+    assert (shrunk.data.patch, shrunk.training.iterations, shrunk.training.lr_every) == ((48, 48, 32), 500, 77)
+    for flags in ({}, {"downsample": 2}):
+        kept = resolve("folder", flags, half)
+        assert (kept.data.patch, kept.training.iterations, kept.data.downsample) == ((96, 96, 64), 4000, 2)
+        assert kept.network.statistics == "case"  # of the preset's shrinking
+    with pytest.raises(UserError, match=r"half\.toml holds settings for downsample = 2"):
+        resolve("folder", {"downsample": 4}, half)
+
+
 @pytest.mark.parametrize("values, said", [
     ({"iteration": 5}, "unknown setting iteration in the command line .did you mean iterations"),
     ({"iterations": "5.5"}, "setting iterations = '5.5'"),

@@ -132,8 +132,19 @@ def test_files_that_no_prediction_wrote_are_never_replaced(run, tmp_path):
         _predict(tmp_path / "imagesTr", tmp_path / "labelsTr", run, overwrite=True)
     with pytest.raises(UserError, match="is a scan, and would be overwritten"):
         _predict(tmp_path / "imagesTr", tmp_path / "imagesTr", run)
+    write_image(tmp_path / "more" / "b.nii.gz", ball()[0])  # into a folder of other scans, where no name clashes
+    with pytest.raises(UserError, match=r"a\.nii\.gz is there already and no prediction"):
+        _predict(tmp_path / "more", tmp_path / "imagesTr", run)
     assert (tmp_path / "labelsTr" / "a.nii.gz").read_bytes() == before
     assert not (tmp_path / "labelsTr" / "predict.json").exists()
+
+
+def test_empty_label_maps_are_named(tmp_path, capsys):
+    write_la(tmp_path / "la", 2)
+    run = write_run(tmp_path / "never", resolve("folder", SMALL), thresholding_weights(50.0))
+    assert predict.main([str(tmp_path / "la"), str(tmp_path / "out"), "--run", str(run)]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nothing but background was found in 2 of them" in said and "lgemri.nrrd" in said
 
 
 def test_weights_of_others(run, tmp_path):

@@ -141,6 +141,11 @@ def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
     shutil.copytree(phantoms / "case_00001", tmp_path / "other" / "case_00001")
     rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
     assert list(rows) == ["case_00001"] and "other" in meaning
+    # in another layout too
+    (tmp_path / "plain").mkdir()
+    for name, plain in (("imaging", "a"), ("segmentation", "a_seg")):
+        shutil.copy(tmp_path / "other" / "case_00001" / f"{name}.nii.gz", tmp_path / "plain" / f"{plain}.nii.gz")
+    assert evaluate.evaluate(tmp_path / "run", tmp_path / "plain")[0] == {"a": rows["case_00001"]}
     (tmp_path / "other" / "case_00001" / "segmentation.nii.gz").unlink()
     with pytest.raises(UserError, match="full label"):
         evaluate.evaluate(tmp_path / "run", tmp_path / "other")

@@ -34,6 +34,11 @@ SOURCES = (
     "Segmentation Challenge (atriaseg2018.cardiacatlas.org); --dataset phantom needs no data"
 )
 
+OWN = (
+    "give the folder that holds your scans, as NIfTI, NRRD, MetaImage or DICOM (docs/own-data.md lists the layouts); "
+    "--dataset phantom needs no data"
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -69,8 +74,9 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     where the folder is missing, holds no scan, or holds a label without its scan.
     """
     data_dir = Path(data_dir)
+    sources = OWN if dataset == "folder" else SOURCES
     if not data_dir.is_dir():
-        raise UserError(f"the data folder {data_dir} does not exist: {SOURCES}")
+        raise UserError(f"the data folder {data_dir} does not exist: {sources}")
     for layout in LAYOUTS[dataset]:
         cases = _cases_of(layout, data_dir)
         if cases:
@@ -80,7 +86,7 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     if deeper is not None:
         levels = deeper.relative_to(data_dir).parts
         raise UserError(f"no scans in {data_dir}, but below it: give {data_dir / levels[0]} as the data folder")
-    raise UserError(f"no scans in {data_dir} (looked for {wanted}): {SOURCES}")
+    raise UserError(f"no scans in {data_dir} (looked for {wanted}): {sources}")
 
 
 def _pattern(layout: str) -> str:

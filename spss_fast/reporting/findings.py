@@ -80,7 +80,7 @@ def _quality(record: Record) -> Answer:
         findings.append(Finding("This run is not finished: its weights are of a moment in training.", BAD))
     if record.config.data.downsample > 1:
         findings.append(Finding(
-            f"Measured on the grid {record.config.data.downsample} times coarser that it trains on, which is no figure "
+            f"Measured on the {record.config.data.downsample} times coarser grid that it trains on, which is no figure "
             "to compare with those of full resolution."))
     return Answer(question, figure, findings)
 
