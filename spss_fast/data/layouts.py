@@ -34,7 +34,7 @@ SOURCES = (
     "Segmentation Challenge (atriaseg2018.cardiacatlas.org); --dataset phantom needs no data"
 )
 
-OWN = (
+OWN_SCANS = (
     "give the folder that holds your scans, as NIfTI, NRRD, MetaImage or DICOM (docs/own-data.md lists the layouts); "
     "--dataset phantom needs no data"
 )
@@ -74,7 +74,7 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     where the folder is missing, holds no scan, or holds a label without its scan.
     """
     data_dir = Path(data_dir)
-    sources = OWN if dataset == "folder" else SOURCES
+    sources = OWN_SCANS if dataset == "folder" else SOURCES
     if not data_dir.is_dir():
         raise UserError(f"the data folder {data_dir} does not exist: {sources}")
     for layout in LAYOUTS[dataset]:
