@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -124,6 +125,9 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
                 profile.step()
             if t % training.log_every == 0 or t == training.iterations:
                 row = {name: float(value) for name, value in outputs.metrics.items()}
+                if not math.isfinite(row["loss"]):
+                    raise UserError(f"the loss is {row['loss']} at iteration {t}, so training has failed: try a lower "
+                                    f"--lr (it is {training.lr}) or --amp off; the last checkpoint is kept as it is")
                 if batch.reference is not None:
                     row |= foreground_dice("dice_registration", outputs.registration, batch.reference, values)
                     row |= foreground_dice("dice_fused", outputs.fused, batch.reference, values)

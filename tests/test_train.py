@@ -151,6 +151,11 @@ def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
         evaluate.evaluate(tmp_path / "run", tmp_path / "other")
 
 
+def test_a_training_that_diverges_stops_and_says_so(settings, tmp_path):
+    with pytest.raises(UserError, match=r"the loss is (nan|-?inf) at iteration \d+.* --lr .it is 1e\+30.*--amp off"):
+        _train(settings | {"lr": 1e30, "iterations": 6, "log_every": 1}, tmp_path / "run")
+
+
 def _weights(content: dict) -> list[torch.Tensor]:
     return [value for part in ("student", "teacher", "registration") for value in content[part].values()]
 

@@ -1,10 +1,12 @@
 """The networks against the released ones: parameter names, shapes, and outputs with the same parameters."""
 
+import copy
 import json
 
 import pytest
 import torch
 
+from spss_fast.nets import vnet
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
 from tests.conftest import SHARED
@@ -52,6 +54,24 @@ def test_bfloat16_gradients_where_the_bottleneck_is_one_voxel_deep():
         gradient = convolution.weight.grad
         assert gradient.isfinite().all() and gradient[..., 1].any()
         assert not gradient[..., 0].any() and not gradient[..., 2].any()  # these taps meet nothing but padding
+
+
+@pytest.mark.parametrize("sides", [(2, 2, 2), (2, 4, 4), (4, 2, 2), (4, 4, 2), (3, 2, 1), (1, 4, 4), (6, 4, 3)])
+def test_bfloat16_gradients_of_small_bottlenecks(sides):
+    """Against float64, as finite but wrong gradients show in no loss."""
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv3d(32, 32, 3, padding=1).to(memory_format=torch.channels_last_3d)
+    x, upstream = (torch.randn(4, 32, *sides).contiguous(memory_format=torch.channels_last_3d) for _ in range(2))
+    freed = [torch.full((27 * 32 * 32,), torch.nan) for _ in range(40)]
+    del freed
+    with torch.autocast("cpu", torch.bfloat16):
+        out = vnet._convolve(convolution, x)
+    out.backward(upstream.to(out.dtype))
+    exact = copy.deepcopy(convolution).double()
+    exact.zero_grad()
+    exact(x.double()).backward(upstream.double())
+    scale = exact.weight.grad.abs().max()
+    torch.testing.assert_close(convolution.weight.grad.double() / scale, exact.weight.grad / scale, rtol=0, atol=0.02)
 
 
 def test_registration_net_output(vectors):
