@@ -33,8 +33,8 @@ def _norm_relu(x: Tensor, norm: nn.BatchNorm3d, skip: Tensor | None = None) -> T
 
 def _convolve(convolution: nn.Conv3d, x: Tensor) -> Tensor:
     """``convolution(x)``, in float32 where torch (2.13, CPU) errs in bfloat16: the weight gradient of the outer taps is
-    left unwritten along an axis of one voxel, where they meet nothing but padding (with AMX), and is wrong, or NaN,
-    along a first axis of two (with AVX512-BF16)."""
+    left unwritten along an axis of one voxel, where they meet nothing but padding, and is wrong, or NaN, along a first
+    axis of two; either was seen on one kind of CPU."""
     if x.device.type == "cpu" and not torch.compiler.is_exporting() and (1 in x.shape[2:] or x.shape[2] == 2):
         with torch.autocast("cpu", enabled=False):
             return convolution(x.float())
