@@ -229,8 +229,6 @@ def _scaled(config: Config) -> None:
     0.67).
     """
     factor = config.data.downsample
-    if factor == 1:
-        return
     data, registration, training = config.data, config.registration, config.training
     selection = config.selection
     data.patch = tuple(16 * math.ceil(side / factor / 16) for side in data.patch)
@@ -334,20 +332,18 @@ def resolve(dataset: str, flags: dict[str, Any] | None = None, file: Path | None
     if preset is None:
         raise UserError(f"unknown data set {dataset!r}: choose one of {', '.join(PRESETS)}")
     _assign(config, preset, f"preset {dataset}")
-    asked = {name: _typed("downsample", origin["downsample"])
-             for name, origin in (("file", from_file), ("flags", flags)) if "downsample" in origin}
-    if min(asked.values(), default=1) < 1:
-        raise UserError("setting downsample must be 1 or more")
-    if len(set(asked.values())) > 1:
-        raise UserError(f"{file} holds settings for downsample = {asked['file']}: leave out --downsample, or give a "
-                        "file of full resolution")
-    if "file" not in asked:
-        _assign(config, from_file, str(file))
-    config.data.downsample = next(iter(asked.values()), 1)
-    _scaled(config)
-    if "file" in asked:
-        _assign(config, from_file, str(file))
-    _assign(config, flags, "the command line")
+    for values, origin in ((from_file, str(file)), (flags, "the command line")):
+        before = config.data.downsample
+        factor = _typed("downsample", values.get("downsample", before))
+        if factor < 1:
+            raise UserError("setting downsample must be 1 or more")
+        if factor != before:
+            if before != 1:
+                raise UserError(f"{file} holds settings for downsample = {before}: leave out --downsample, or give a "
+                                "file of full resolution")
+            config.data.downsample = factor
+            _scaled(config)
+        _assign(config, values, origin)
     config.data.dataset = dataset
     _check(config)
     return config

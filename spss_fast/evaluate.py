@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def cases_to_measure(
 ) -> tuple[list[PreparedCase], str]:
     """The cases to measure, and what they are to the run."""
     settings = checkpoint.config_of(content).data
-    recorded = json.loads((run / "cases.json").read_text())
+    recorded = RunFolder(run).cases()
     own = Path(recorded["data_dir"])
     folder = data_dir or own
     ours = folder.resolve() == own.resolve()
@@ -113,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
     out = out or run / "evaluation.csv"
     write_metrics(out, rows)
-    folder = given["data_dir"] or json.loads((run / "cases.json").read_text())["data_dir"]
+    folder = given["data_dir"] or RunFolder(run).cases()["data_dir"]
     write_summary(out.with_suffix(".json"), rows, measured=meaning, data_dir=str(Path(folder).resolve()),
                   units=given["units"])
     labels = run / "registration_labels.csv"

@@ -171,7 +171,7 @@ def _case(run: Path, config: Config, scan: Path | None) -> PreparedCase:
         layout = "h5" if scan.suffix == ".h5" else "image"
         return prepare([Case(scan.name.split(".")[0], scan, None, layout)], config.data, progress=False)[0]
     try:
-        recorded = json.loads((run / "cases.json").read_text())
+        recorded = RunFolder(run).cases()
         cases = {case.name: case for case in find_cases(config.data.dataset, Path(recorded["data_dir"]))}
         name = next(name for name in (*recorded["test"], *recorded["train"]) if name in cases)
     except (OSError, ValueError, KeyError, StopIteration, UserError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -17,3 +18,9 @@ def atomically(path: Path, write: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """``content`` as an indented JSON file, whole or absent; what JSON has no type for as its text."""
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

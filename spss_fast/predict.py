@@ -18,13 +18,13 @@ from spss_fast.config import PRESETS, SECTIONS, Config, resolve
 from spss_fast.data.inputs import find_inputs, output_paths, refuse_clashes
 from spss_fast.data.output import suffix_of, write_like
 from spss_fast.engine import checkpoint
-from spss_fast.engine.checkpoint import atomically
 from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.prediction import Options, Segmentation, segment
 from spss_fast.engine.progress import Progress
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.weights import build_network, fingerprint, read_weights, state_dict_of
 from spss_fast.errors import UserError
+from spss_fast.files import atomically, write_json
 from spss_fast.nets.vnet import VNet
 
 DESCRIPTION = """Segment scans with a trained network: label maps in each scan's own geometry and format, into the
@@ -193,7 +193,7 @@ def _claim(out: Path, record: dict[str, Any], outputs: list[Path], overwrite: bo
         if overwrite:
             for output in outputs:
                 output.unlink(missing_ok=True)
-        atomically(path, lambda temporary: temporary.write_text(json.dumps(record, indent=2) + "\n"))
+        write_json(path, record)
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a record of predictions: choose another folder") from error
     except OSError as error:

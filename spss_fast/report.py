@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from spss_fast import cli
-from spss_fast.engine.checkpoint import atomically
 from spss_fast.engine.device import resolve_device
 from spss_fast.errors import UserError
+from spss_fast.files import atomically
 from spss_fast.reporting.gallery import Gallery, gallery
 from spss_fast.reporting.page import render
 from spss_fast.reporting.record import read

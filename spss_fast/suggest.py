@@ -18,7 +18,7 @@ from spss_fast.data.annotation_export import (
     write_table,
 )
 from spss_fast.data.cache import PreparedCase, prepare
-from spss_fast.data.layouts import SOURCES, find_cases
+from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbnail
 from spss_fast.data.splits import read_list
 from spss_fast.errors import UserError
@@ -67,7 +67,7 @@ def suggest(
     if budget < 1:
         raise UserError("--budget must be 1 or more")
     if not settings.data_dir:
-        raise UserError(f"--data-dir is missing: the folder with the scans; {SOURCES}")
+        raise UserError(f"--data-dir is missing: the folder with the scans; {sources(settings.dataset)}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
     folder = Path(settings.data_dir)

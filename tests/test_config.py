@@ -56,6 +56,8 @@ def test_the_laptop_variant_shrinks_a_settings_file_of_full_resolution_and_no_ot
     assert resolve("folder", {}, full).data.patch == (96, 96, 64)
     shrunk = resolve("folder", {"downsample": 2, "lr_every": 77}, full)
     assert (shrunk.data.patch, shrunk.training.iterations, shrunk.training.lr_every) == ((48, 48, 32), 500, 77)
+    full.write_text("patch = [96, 96, 64]\niterations = 4000\ndownsample = 1\n")  # as a run's config.toml says it
+    assert resolve("folder", {"downsample": 2, "lr_every": 77}, full) == shrunk
     for flags in ({}, {"downsample": 2}):
         kept = resolve("folder", flags, half)
         assert (kept.data.patch, kept.training.iterations, kept.data.downsample) == ((96, 96, 64), 4000, 2)

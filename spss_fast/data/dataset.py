@@ -11,7 +11,7 @@ from rich.console import Console
 from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import check_annotations
 from spss_fast.data.cache import PreparedCase, prepare
-from spss_fast.data.layouts import SOURCES, find_cases
+from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.phantom import ORGANS, write_phantoms
 from spss_fast.data.sampling import TrainingVolume, training_volumes, unlabeled_volumes
 from spss_fast.data.splits import Split, make_split
@@ -52,7 +52,8 @@ def data_folder(config: Config, console: Console) -> Path:
     settings = config.data
     if settings.dataset != "phantom":
         if not settings.data_dir:
-            raise UserError(f"--data-dir is missing: the folder with the scans of {settings.dataset}; {SOURCES}")
+            raise UserError(f"--data-dir is missing: the folder with the scans of {settings.dataset}; "
+                            f"{sources(settings.dataset)}")
         return Path(settings.data_dir)
     folder = Path(settings.data_dir or PHANTOM_FOLDER)
     # nothing where scans are; the rest of them where it was interrupted

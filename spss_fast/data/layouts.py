@@ -29,12 +29,11 @@ LAYOUTS = {
     "phantom": ("kits_raw",),
     "folder": ("la_h5", "la_raw", "kits_raw", "h5", *FOLDERS),
 }
-SOURCES = (
+_SOURCES = (
     "KiTS19 comes from github.com/neheller/kits19 (clone it, then fetch the scans as it says), LA from the 2018 Atrial "
     "Segmentation Challenge (atriaseg2018.cardiacatlas.org); --dataset phantom needs no data"
 )
-
-OWN_SCANS = (
+_OWN_SCANS = (
     "give the folder that holds your scans, as NIfTI, NRRD, MetaImage or DICOM (docs/own-data.md lists the layouts); "
     "--dataset phantom needs no data"
 )
@@ -67,6 +66,11 @@ class Scan:
     source: Grid  # where the file's own array lies: predictions go back there
 
 
+def sources(dataset: str) -> str:
+    """Where the scans of a data set come from, for who has not got them."""
+    return _OWN_SCANS if dataset == "folder" else _SOURCES
+
+
 def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     """The cases of a folder, by name.
 
@@ -74,9 +78,8 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     where the folder is missing, holds no scan, or holds a label without its scan.
     """
     data_dir = Path(data_dir)
-    sources = OWN_SCANS if dataset == "folder" else SOURCES
     if not data_dir.is_dir():
-        raise UserError(f"the data folder {data_dir} does not exist: {sources}")
+        raise UserError(f"the data folder {data_dir} does not exist: {sources(dataset)}")
     for layout in LAYOUTS[dataset]:
         cases = _cases_of(layout, data_dir)
         if cases:
@@ -86,7 +89,7 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     if deeper is not None:
         levels = deeper.relative_to(data_dir).parts
         raise UserError(f"no scans in {data_dir}, but below it: give {data_dir / levels[0]} as the data folder")
-    raise UserError(f"no scans in {data_dir} (looked for {wanted}): {sources}")
+    raise UserError(f"no scans in {data_dir} (looked for {wanted}): {sources(dataset)}")
 
 
 def _pattern(layout: str) -> str:

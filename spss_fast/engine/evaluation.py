@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from spss_fast import metrics
 from spss_fast.config import Config
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.sampling import TrainingVolume
-from spss_fast.engine.checkpoint import atomically
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.pseudo_labels import registration_labels
+from spss_fast.files import atomically, write_json
 
 Rows = dict[str, dict[str, float]]  # case name to its metrics, as metrics.evaluate_classes names them
+DIGITS = dict(zip(metrics.NAMES, (4, 4, 2, 2)))  # that a table shows behind the point
 
 
 def window_stride(patch: Sequence[int]) -> tuple[int, int, int]:
@@ -108,8 +108,7 @@ def write_metrics(path: Path, rows: Rows) -> None:
 def write_summary(path: Path, rows: Rows, **about: Any) -> None:
     """JSON beside the CSV: what was measured (``about``), then mean and standard deviation over cases."""
     summary = {name: {"mean": mean, "sd": sd} for name, (mean, sd) in mean_and_sd(rows).items()}
-    text = json.dumps(about | {"cases": len(rows), "metrics": summary}, indent=2) + "\n"
-    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(path, about | {"cases": len(rows), "metrics": summary})
 
 
 def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bool = True) -> None:
@@ -120,15 +119,15 @@ def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bo
         table.add_column(heading, justify="right")
     if cases:
         for case, row in rows.items():
-            overlaps, distances = (row["dice"], row["jaccard"]), (row["hd95"], row["asd"])
-            table.add_row(case, *(f"{value:.4f}" for value in overlaps), *(f"{value:.2f}" for value in distances))
+            table.add_row(case, *(f"{row[name]:.{digits}f}" for name, digits in DIGITS.items()))
         table.add_section()
     summary = mean_and_sd(rows)
     suffixes = {f"class {value}": f"_{value}" for value in _class_values(rows)} | {f"mean of {len(rows)}": ""}
     for title, suffix in suffixes.items():
-        cells = []
-        for name, form in zip(metrics.NAMES, ("{:.4f} ± {:.4f}",) * 2 + ("{:.2f} ± {:.2f}",) * 2):
-            cells.append(form.format(*summary[name + suffix]) if name + suffix in summary else "-")
+        cells = [
+            " ± ".join(f"{value:.{digits}f}" for value in summary.get(name + suffix, ())) or "-"
+            for name, digits in DIGITS.items()
+        ]
         table.add_row(title, *cells)
     console.print(table)
     empty = [case for case, row in rows.items() if any(np.isnan(value) for value in row.values())]

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from spss_fast.data.sampling import Batch
-from spss_fast.engine.checkpoint import atomically
 from spss_fast.engine.step import Outputs
+from spss_fast.files import atomically
 
 # of one foreground, by whose label it is; of several classes, by class, the reference dashed
 COLORS = {"registration": "#ffb000", "fused": "#648fff", "prediction": "#dc267f", "reference": "#00e08a"}

@@ -16,8 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spss_fast import __version__
 from spss_fast.config import Config, to_toml
-from spss_fast.engine.checkpoint import atomically
 from spss_fast.errors import UserError
+from spss_fast.files import atomically, write_json
 
 STAGES = ("registration", "joint")
 
@@ -53,8 +53,8 @@ class RunFolder:
         """Start a run here; ``UserError`` if the folder already holds one (see :meth:`refuse_if_used`)."""
         self.refuse_if_used()
         self.previews.mkdir(parents=True, exist_ok=True)
-        self.write_json("environment.json", environment(device))
-        self.write_json("cases.json", cases)
+        write_json(self.path / "environment.json", environment(device))
+        write_json(self.path / "cases.json", cases)
         atomically(self.path / "config.toml", lambda temporary: temporary.write_text(to_toml(config)))
 
     def refuse_if_used(self) -> None:
@@ -64,10 +64,9 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: choose another --out")
 
-    def write_json(self, name: str, content: Any) -> None:
-        """``content`` as an indented JSON file."""
-        text = json.dumps(content, indent=2, default=str) + "\n"
-        atomically(self.path / name, lambda temporary: temporary.write_text(text))
+    def cases(self) -> dict[str, Any]:
+        """What ``cases.json`` says."""
+        return json.loads((self.path / "cases.json").read_text())
 
     def log(self, stage: str, step: int, row: dict[str, float]) -> None:
         """Append one row of metrics to the stage's CSV and to TensorBoard."""

@@ -40,15 +40,19 @@ def test_vnet_outputs(vectors):
     torch.testing.assert_close(network(archive["x"]), archive["logits_train"], rtol=1e-4, atol=1e-5)
 
 
+def _free_nan() -> None:
+    """Memory that was just freed holds NaN then, so that a gradient which is left unwritten shows."""
+    freed = [torch.full((27 * 32 * 32,), torch.nan) for _ in range(40)]
+    del freed
+
+
 def test_bfloat16_gradients_where_the_bottleneck_is_one_voxel_deep():
-    """Memory that was just freed holds NaN here, so that a gradient which is left unwritten shows."""
     torch.manual_seed(0)
     network = VNet(filters=2).to(memory_format=torch.channels_last_3d)
     x = torch.randn(2, 1, 32, 32, 16).contiguous(memory_format=torch.channels_last_3d)
     with torch.autocast("cpu", torch.bfloat16):
         logits = network(x)
-    freed = [torch.full((27 * 32 * 32,), torch.nan) for _ in range(40)]
-    del freed
+    _free_nan()
     logits.float().square().mean().backward()
     for convolution in network.block_five.conv[::3]:
         gradient = convolution.weight.grad
@@ -62,10 +66,9 @@ def test_bfloat16_gradients_of_small_bottlenecks(sides):
     torch.manual_seed(0)
     convolution = torch.nn.Conv3d(32, 32, 3, padding=1).to(memory_format=torch.channels_last_3d)
     x, upstream = (torch.randn(4, 32, *sides).contiguous(memory_format=torch.channels_last_3d) for _ in range(2))
-    freed = [torch.full((27 * 32 * 32,), torch.nan) for _ in range(40)]
-    del freed
     with torch.autocast("cpu", torch.bfloat16):
         out = vnet._convolve(convolution, x)
+    _free_nan()
     out.backward(upstream.to(out.dtype))
     exact = copy.deepcopy(convolution).double()
     exact.zero_grad()
