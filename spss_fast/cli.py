@@ -13,6 +13,13 @@ from spss_fast.config import SECTIONS
 from spss_fast.errors import UserError
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults after each help text, but where there is none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line with a suggestion."""
 
@@ -21,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **kwargs: Any) -> None:
         if self.console:
             prog = prog.replace("spss_fast.", "spss-fast ")
-        super().__init__(prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(prog, allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         unknown = "unrecognized arguments: "

@@ -14,7 +14,7 @@ from spss_fast.data import cache
 from spss_fast.data.annotations import Annotation, common_plane, folder_states
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_folder, propose, to_toml
-from spss_fast.data.layouts import Case, find_cases
+from spss_fast.data.layouts import Case, find_cases, source_grid
 from spss_fast.data.parallel import parallel
 from spss_fast.errors import UserError
 
@@ -97,10 +97,11 @@ def _annotated(cases: list[Case], config: Config, flags: dict[str, Any], console
     good = {name: state for name, state in states.items() if isinstance(state, Annotation)}
     empty = [name for name, state in states.items() if state is None]
     console.print(f"{len(good)} of {len(states)} annotations in {folder} are there", highlight=False, soft_wrap=True)
+    scans = {case.name: case for case in cases}
     for name, annotation in good.items():
-        values = ", ".join(map(str, annotation.values))
-        console.print(f"  {name}: {annotation.plane} slice {annotation.index} (axis {annotation.axis} of the file), "
-                      f"label value {values}", highlight=False, soft_wrap=True)
+        values, index = ", ".join(map(str, annotation.values)), annotation.index_in(source_grid(scans[name]))
+        console.print(f"  {name}: {annotation.plane} slice {index} (axis {annotation.axis} of the file), label value "
+                      f"{values}", highlight=False, soft_wrap=True)
     if empty:
         console.print(f"  still empty: {', '.join(empty)}", highlight=False, soft_wrap=True)
     if good:

@@ -24,9 +24,9 @@ from spss_fast.data.splits import read_list
 from spss_fast.errors import UserError
 
 DESCRIPTION = """Which volumes to annotate, and which slice of each, as image + empty label pairs that 3D Slicer and
-ITK-SNAP open. Volumes: those that are most like all others (k-medoids of thumbnails). Slice: the one that halves the
-brightness of the middle of the scan. No label is looked at. Run it again with a larger --budget for more volumes: what
---out already holds stays as it is."""
+ITK-SNAP open on that slice. Volumes: those that are most like all others (k-medoids of thumbnails). Slice: the one that
+halves the brightness of the middle of the scan. No label is looked at. Run it again with a larger --budget for more
+volumes: what --out already holds stays as it is."""
 # what shapes a prepared image; the rest of the settings has no say here
 USED = ("data_dir", "window", "body_crop", "resample", "max_in_plane", "downsample", "cache_dir", "workers")
 BUDGET = 8

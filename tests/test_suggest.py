@@ -16,8 +16,11 @@ from rich.console import Console
 from scipy.spatial.transform import Rotation
 
 from spss_fast import suggest
-from spss_fast.data.annotation_export import Suggestion, read_grid, write_empty
+from spss_fast.data.annotation_export import Suggestion, centring, export_case, read_grid, write_empty
+from spss_fast.data.annotations import check_annotations
+from spss_fast.data.geometry import oriented
 from spss_fast.data.layouts import find_cases
+from spss_fast.data.sampling import training_volumes
 from spss_fast.data.viewers import slicer_view
 from spss_fast.errors import UserError
 from spss_fast.nets.regnet import RegistrationNet
@@ -45,9 +48,10 @@ def geometry(path: Path) -> tuple:
     return image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()
 
 
-def check_viewers(out: Path, item: Suggestion) -> None:
-    """The scene's view lies in the suggested slice, the workspace's landmark on it, and both name files that exist."""
-    folder, grid = out / item.case, read_grid(out / item.case / "image.nii.gz")
+def check_viewers(folder: Path, axis: int) -> None:
+    """The scene's view lies in the middle slice, the workspace's landmark on it, and both name files that exist."""
+    grid = read_grid(folder / "image.nii.gz")
+    middle = grid.size[axis] // 2
     scene = ElementTree.parse(folder / "open.mrml").getroot()
     ids = [node.get("id") for node in scene]
     assert scene.tag == "MRML" and len(set(ids)) == len(ids)
@@ -64,10 +68,10 @@ def check_viewers(out: Path, item: Suggestion) -> None:
         rotation = to_ras[:3, :3]
         np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-6)
         np.testing.assert_allclose(rotation, SLICER[name], atol=1e-6 if aligned else 0.5)
-    to_ras = views[slicer_view(grid, item.axis).split()[0]]
+    to_ras = views[slicer_view(grid, axis).split()[0]]
     for corner in np.ndindex(2, 2, 2):  # of the slice: all in the plane of the view, whose third coordinate is 0
         voxel = np.array(corner) * (np.array(grid.size) - 1)
-        voxel[item.axis] = item.slice
+        voxel[axis] = middle
         point = np.append(grid.point(voxel) * (-1, -1, 1), 1)
         assert np.linalg.solve(to_ras, point)[2] == pytest.approx(0, abs=1e-3 * min(grid.spacing))
 
@@ -78,19 +82,35 @@ def check_viewers(out: Path, item: Suggestion) -> None:
     assert [Path(entry["AbsolutePath"]) for entry in entries] == [folder.resolve() / name for name in files]
     assert registry.find("entry[@key='SaveLocation']").get("value") == str(folder.resolve())
     landmark = {entry.get("key"): entry.get("value") for entry in registry.find(".//folder[@key='Element[0]']")}
-    assert int(landmark["Plane"]) == item.axis
+    assert int(landmark["Plane"]) == axis
     position = [int(float(value)) for value in landmark["Pos"].split()]
-    assert position[item.axis] == item.slice and all(0 <= p < n for p, n in zip(position, grid.size))
+    assert position[axis] == middle and all(0 <= p < n for p, n in zip(position, grid.size))
 
 
-def check_case(out: Path, item: Suggestion) -> None:
-    """An empty uint8 label on exactly the scan's grid, and what opens both."""
+def check_case(out: Path, item: Suggestion, scan: sitk.Image) -> None:
+    """The scan, the suggested slice in its middle, an empty uint8 label on exactly that grid, and what opens both."""
     folder = out / item.case
-    label = sitk.ReadImage(str(folder / "annotation.nii.gz"))
+    label, image = (sitk.ReadImage(str(folder / f"{name}.nii.gz")) for name in ("annotation", "image"))
     assert label.GetPixelID() == sitk.sitkUInt8 and not sitk.GetArrayViewFromImage(label).any()
     assert geometry(folder / "annotation.nii.gz") == geometry(folder / "image.nii.gz")
-    assert 0 <= item.slice < label.GetSize()[item.axis]
-    check_viewers(out, item)
+
+    assert 0 <= item.slice < scan.GetSize()[item.axis]
+    corner = [0, 0, 0]
+    corner[item.axis] = image.GetSize()[item.axis] // 2 - item.slice
+    np.testing.assert_allclose(image.TransformIndexToPhysicalPoint(corner), scan.GetOrigin(), atol=1e-4)
+    np.testing.assert_allclose(image.GetDirection(), scan.GetDirection(), atol=1e-6)
+    np.testing.assert_allclose(image.GetSpacing(), scan.GetSpacing(), rtol=1e-6)
+    assert image.GetPixelID() == scan.GetPixelID()
+    values, expected = sitk.GetArrayFromImage(image).T, sitk.GetArrayFromImage(scan).T
+    inside = tuple(slice(start, start + n) for start, n in zip(corner, expected.shape))
+    np.testing.assert_array_equal(values[inside], expected)
+    # nothing but the lowest value is added, and only at one end
+    added = np.subtract(values.shape, expected.shape)
+    assert not np.delete(added, item.axis).any() and corner[item.axis] in (0, added[item.axis])
+    outside = np.ones(values.shape, bool)
+    outside[inside] = False
+    assert (values[outside] == expected.min()).all()
+    check_viewers(folder, item.axis)
 
 
 def test_a_folder_to_annotate_in(tmp_path, capsys):
@@ -105,14 +125,12 @@ def test_a_folder_to_annotate_in(tmp_path, capsys):
     readme = (out / "README.txt").read_text()
     for row in found:
         item = Suggestion(row["case"], int(row["axis"]), int(row["slice"]))
-        check_case(out, item)
+        source = sitk.ReadImage(str(tmp_path / "la" / item.case / "lgemri.nrrd"))
+        check_case(out, item, source)
         assert item.axis == 2 and abs(item.slice - 11.5) < 4
         assert f"{item.case}: slice {item.slice} along axis z" in shown
-        assert f"{item.case}: Red (axial) view; in ITK-SNAP z = {item.slice + 1}" in readme
-        source = sitk.ReadImage(str(tmp_path / "la" / item.case / "lgemri.nrrd"))
-        image = sitk.ReadImage(str(out / item.case / "image.nii.gz"))
-        assert image.GetPixelID() == source.GetPixelID()
-        np.testing.assert_array_equal(sitk.GetArrayFromImage(image), sitk.GetArrayFromImage(source))
+        middle = sitk.ReadImage(str(out / item.case / "image.nii.gz")).GetSize()[2] // 2
+        assert f"{item.case}: Red (axial) view; in ITK-SNAP z = {middle + 1}" in readme
 
 
 def test_kits_slices_lie_along_the_first_axis(tmp_path):
@@ -123,9 +141,70 @@ def test_kits_slices_lie_along_the_first_axis(tmp_path):
     found = run(tmp_path / "kits", tmp_path / "todo", 2, "kits", patch=(16, 16, 16), resample=(16, 16, 10))
     for item in found:
         assert item.axis == 0 and 18 <= item.slice <= 21  # half of the body: 10 to 29, three of them in a prepared one
-        check_case(tmp_path / "todo", item)
-        copied = (tmp_path / "todo" / item.case / "image.nii.gz").read_bytes()
-        assert copied == (tmp_path / "kits" / item.case / "imaging.nii.gz").read_bytes()
+        check_case(tmp_path / "todo", item, sitk.ReadImage(str(tmp_path / "kits" / item.case / "imaging.nii.gz")))
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8])
+def test_any_slice_becomes_the_middle_one(count):
+    for index in range(count):
+        before, after = centring(index, count)
+        assert min(before, after) == 0 and (count + before + after) // 2 == index + before
+        assert (before, after) == (0, 0) or (count + before + after) % 2 == 1
+
+
+def test_a_scan_whose_suggested_slice_is_the_middle_one_is_copied_as_it_is(tmp_path):
+    image, _ = ball((20, 24, 17), 1)
+    image[:] = np.minimum(image, image[:, :, ::-1])  # the same above as below the middle
+    for name in "ab":
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+    item, = run(tmp_path / "scans", tmp_path / "todo", 1)
+    assert item.slice == 8
+    check_case(tmp_path / "todo", item, sitk.ReadImage(str(tmp_path / "scans" / f"{item.case}.nii.gz")))
+    copied = (tmp_path / "todo" / item.case / "image.nii.gz").read_bytes()
+    assert copied == (tmp_path / "scans" / f"{item.case}.nii.gz").read_bytes()
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_what_is_painted_in_the_padded_scan_comes_back_on_the_scan(tmp_path, axis):
+    """Off the middle, along any axis of an oblique scan: the annotation is that of the scan's own slice."""
+    shape, spacing, origin = (20, 24, 18), (1.2, 0.7, 1.1), (-31.7, 12.3, 99.1)
+    random = np.random.default_rng(0)
+    for name in "abc":
+        write_image(tmp_path / "la" / name / "lgemri.nrrd", random.integers(0, 9, shape, np.uint8), spacing, OBLIQUE,
+                    origin)
+    for config, index in zip((settings_of("folder", tmp_path, plane=plane) for plane in
+                              [["sagittal", "coronal", "axial"][axis]] * 2), (3, shape[axis] - 4)):
+        case = prepared("folder", tmp_path / "la", config)[0]
+        out = tmp_path / f"todo{index}"
+        item = Suggestion("a", axis, index)
+        export_case(out, case, item)
+        check_case(out, item, sitk.ReadImage(str(case.case.image)))
+        path = out / "a" / "annotation.nii.gz"
+        label = sitk.ReadImage(str(path))
+        drawn = random.integers(0, 2, np.delete(shape, axis)).astype(np.uint8)
+        array = sitk.GetArrayFromImage(label).T
+        middle = array.shape[axis] // 2
+        cut = [slice(None)] * 3
+        for place in (middle, 0 if index < shape[axis] // 2 else array.shape[axis] - 1):
+            array[:] = 0
+            cut[axis] = place
+            array[tuple(cut)] = drawn
+            painted = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+            painted.CopyInformation(label)
+            sitk.WriteImage(painted, str(path))
+            given = settings_of("folder", tmp_path, plane=config.data.plane, annotations=str(out)).data
+            if place == middle:
+                check_annotations([case.case], given)
+                volume, = training_volumes([case], given, 0)
+                scan = np.zeros(shape, np.uint8)
+                cut[axis] = index
+                scan[tuple(cut)] = drawn
+                expected, _ = oriented(scan, case.source, config.data.plane)
+                assert expected[:, :, volume.index].any()
+                np.testing.assert_array_equal(volume.annotation, expected[:, :, volume.index])
+            else:
+                with pytest.raises(UserError, match=r"annotated beyond the end of lgemri\.nrrd .*: annotate a slice"):
+                    check_annotations([case.case], given)
 
 
 @pytest.mark.parametrize("direction", [OBLIQUE, KITS, (0, 1, 0, 0, 0, -1, 1, 0, 0)])
@@ -134,10 +213,7 @@ def test_any_orientation_keeps_its_geometry_to_the_last_digit(tmp_path, directio
     for name in "ab":
         write_image(tmp_path / "la" / name / "lgemri.nrrd", image, (1.2, 0.7, 1.1), direction, (-31.7, 12.3, 99.1))
     item, = run(tmp_path / "la", tmp_path / "todo", 1)
-    check_case(tmp_path / "todo", item)
-    copy = sitk.ReadImage(str(tmp_path / "todo" / item.case / "image.nii.gz"))
-    np.testing.assert_allclose(copy.GetDirection(), direction, atol=1e-6)
-    np.testing.assert_array_equal(sitk.GetArrayFromImage(copy).T, image)
+    check_case(tmp_path / "todo", item, sitk.ReadImage(str(tmp_path / "la" / item.case / "lgemri.nrrd")))
 
 
 @pytest.mark.parametrize("order", "<>")
@@ -172,7 +248,8 @@ def test_no_label_is_looked_at(tmp_path):
         write_h5(tmp_path / "h5" / f"{i}.h5", image=image.astype(np.float32), label=np.zeros_like(label))
     item, = run(tmp_path / "h5", tmp_path / "h5_todo", 1)
     assert item.axis == 2
-    check_case(tmp_path / "h5_todo", item)
+    image, _ = ball(seed=int(item.case))
+    check_case(tmp_path / "h5_todo", item, sitk.GetImageFromArray(image.T.astype(np.float32)))
 
 
 def test_a_larger_budget_adds_and_touches_nothing(tmp_path):
@@ -258,7 +335,7 @@ def test_real_kits19_orientation(scans, tmp_path):
         sitk.WriteImage(image, str(tmp_path / "kits" / name / "imaging.nii.gz"))
     item = run(tmp_path / "kits", tmp_path / "todo", 1, "kits", patch=(32, 32, 32), resample=(32, 32, 32))[0]
     assert item.axis == 0 and abs(item.slice - 48) <= 6
-    check_case(tmp_path / "todo", item)
+    check_case(tmp_path / "todo", item, sitk.ReadImage(str(tmp_path / "kits" / item.case / "imaging.nii.gz")))
 
 
 def test_real_left_atria(scans, tmp_path):
@@ -267,7 +344,7 @@ def test_real_left_atria(scans, tmp_path):
         (tmp_path / "la" / name).mkdir(parents=True)
         (tmp_path / "la" / name / "lgemri.nrrd").symlink_to(scans("la_raw") / name / "lgemri.nrrd")
     for item in run(tmp_path / "la", tmp_path / "todo", 2, downsample=2):
-        check_case(tmp_path / "todo", item)
+        check_case(tmp_path / "todo", item, sitk.ReadImage(str(tmp_path / "la" / item.case / "lgemri.nrrd")))
         atrium = sitk.ReadImage(str(scans("la_raw") / item.case / "laendo.nrrd"))
         assert sitk.GetArrayFromImage(atrium)[item.slice].any()
 

@@ -4,7 +4,8 @@ Layout of the folder::
 
     slices.csv                  case,axis,slice: what was suggested; axis and slice in SimpleITK's index order (x, y, z)
     README.txt                  for the person who annotates
-    <case>/image.nii.gz         the scan in the geometry and orientation of its file
+    <case>/image.nii.gz         the scan in the geometry and orientation of its file, but with the suggested slice in
+                                its middle, where viewers open an image: padded on one side along that axis
     <case>/annotation.nii.gz    uint8, all zero, on exactly the same grid
     <case>/open.mrml            scene of 3D Slicer
     <case>/workspace.itksnap    workspace of ITK-SNAP
@@ -76,11 +77,12 @@ def write_table(folder: Path, suggestions: list[Suggestion]) -> None:
 
 
 def write_readme(folder: Path, suggestions: list[Suggestion]) -> None:
-    """``README.txt`` in ``folder``: how to annotate, and the slice of every case as the two programs count it."""
+    """``README.txt`` in ``folder``: how to annotate, and the slice of every case as the two programs show it."""
     lines = []
     for item in suggestions:
-        view = slicer_view(read_grid(folder / item.case / IMAGE), item.axis)
-        lines.append(f"  {item.case}: {view} view; in ITK-SNAP {'xyz'[item.axis]} = {item.slice + 1}")
+        grid = read_grid(folder / item.case / IMAGE)
+        place = grid.size[item.axis] // 2 + 1
+        lines.append(f"  {item.case}: {slicer_view(grid, item.axis)} view; in ITK-SNAP {'xyz'[item.axis]} = {place}")
     text = README.format(cases="\n".join(lines), annotation=ANNOTATION)
     atomically(folder / "README.txt", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -96,9 +98,11 @@ others empty.
 Then module Segmentations, Export/import models and labelmaps: Export, Labelmap, into "annotation"; File > Save Data
 with only {annotation} ticked.
 
-ITK-SNAP: open workspace.itksnap. It opens in the middle of the scan: go to the slice below by typing its number into
-the cursor position (counted from 1 there), or in annotation mode to the next annotation, a note that marks the slice.
-Paint with label 1; Segmentation > Save.
+ITK-SNAP: open workspace.itksnap. It opens on the slice, which the number below names (as cursor position, counted from
+1) and a note marks (to come back to it: annotation mode, next annotation). Paint with label 1; Segmentation > Save.
+
+Every scan is padded at one end so that the suggested slice is its middle one, where other viewers open it too. What is
+beyond the scan's end is of one value; nothing is to be annotated there.
 
 {cases}
 """
@@ -126,10 +130,11 @@ def export_case(folder: Path, case: PreparedCase, suggestion: Suggestion) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder))
         try:
-            _write_image(temporary / IMAGE, case)
+            before, after = centring(suggestion.slice, case.source.size[suggestion.axis])
+            _write_image(temporary / IMAGE, case, suggestion.axis, before, after)
             write_empty(temporary / ANNOTATION, temporary / IMAGE)
             grid = read_grid(temporary / IMAGE)
-            voxel = _cursor(case, suggestion)
+            voxel = _cursor(case, suggestion, before)
             (temporary / "open.mrml").write_bytes(slicer_scene(suggestion.case, grid, voxel, IMAGE, ANNOTATION))
             workspace = itksnap_workspace(target.resolve(), voxel, suggestion.axis, IMAGE, ANNOTATION)
             (temporary / "workspace.itksnap").write_bytes(workspace)
@@ -147,28 +152,38 @@ def _umask() -> int:
     return current
 
 
-def _cursor(case: PreparedCase, suggestion: Suggestion) -> tuple[int, int, int]:
-    """The voxel of the file in the middle of the prepared plane, on the suggested slice."""
+def centring(index: int, count: int) -> tuple[int, int]:
+    """How many slices to put before and after ``count`` ones so that slice ``index`` becomes the middle one.
+
+    The middle of n is n // 2, where ITK-SNAP opens; where slices are added n is odd, so that all call the same one so.
+    """
+    if index == count // 2:
+        return 0, 0
+    return max(0, count - 1 - 2 * index), max(0, 2 * index + 1 - count)
+
+
+def _cursor(case: PreparedCase, suggestion: Suggestion, before: int) -> tuple[int, int, int]:
+    """The voxel of the padded file in the middle of the prepared plane, on the suggested slice."""
     middle = case.grid.point((np.array(case.grid.size) - 1) / 2)
     voxel = np.clip(np.rint(case.source.index(middle)), 0, np.array(case.source.size) - 1).astype(int)
-    voxel[suggestion.axis] = suggestion.slice
+    voxel[suggestion.axis] = suggestion.slice + before
     return tuple(int(n) for n in voxel)
 
 
-def _write_image(path: Path, case: PreparedCase) -> None:
-    """The scan as NIfTI. Never a link to it: who saves the image in a viewer would write into the scan itself."""
+def _write_image(path: Path, case: PreparedCase, axis: int, before: int, after: int) -> None:
+    """The scan as NIfTI, padded along ``axis`` with its lowest value. Never a link to it: who saves the image in a
+    viewer would write into the scan itself."""
     original = case.case.image
-    if original.name.endswith(".nii.gz"):
+    if original.name.endswith(".nii.gz") and not (before or after):
         shutil.copyfile(original, path)
         return
     scan = read_case(case.case)
     array = in_file_axes(scan)
-    lowest, highest = array.min(), array.max()
-    for kind in (np.uint8, np.int16):  # what the file most likely held: reading made it float32
-        if np.iinfo(kind).min <= lowest and highest <= np.iinfo(kind).max and (array == np.rint(array)).all():
-            array = array.astype(kind)
-            break
-    sitk.WriteImage(to_image(array, scan.source), str(path), useCompression=True)
+    below, above = np.zeros((2, 3), int)
+    below[axis], above[axis] = before, after
+    padded = np.pad(array, np.stack([below, above], 1), constant_values=array.min())
+    grid = scan.source.cropped(-below, padded.shape)
+    sitk.WriteImage(to_image(padded, grid), str(path), useCompression=True)
 
 
 def in_file_axes(scan: Scan) -> np.ndarray:

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from spss_fast.config import DataSettings
 from spss_fast.data.folders import ANNOTATION
 from spss_fast.data.geometry import PLANES, Grid
-from spss_fast.data.images import check_match, read_image, stem, whole_numbers
+from spss_fast.data.images import padding_before, read_image, stem, whole_numbers
 from spss_fast.data.layouts import Case, source_grid
 from spss_fast.errors import UserError
 
@@ -25,8 +25,8 @@ class Annotation:
     """Slice ``index`` along axis ``axis`` (0, 1, 2: SimpleITK's x, y, z) of the file's array is annotated.
 
     ``axis`` is None for the slice axis of the scan, whichever that is. ``label`` is the file that holds the
-    annotation, ``grid`` where its array lies and ``values`` its label values; None and empty where it is the case's
-    own label.
+    annotation, ``grid`` where its array lies, which may begin before the scan's, and ``values`` its label values; None
+    and empty where it is the case's own label.
     """
 
     index: int
@@ -39,6 +39,11 @@ class Annotation:
     def plane(self) -> str:
         """The anatomical plane of the annotated slice."""
         return {axis: name for name, axis in PLANES.items()}[self.grid.patient_axes()[self.axis]]
+
+    def index_in(self, scan: Grid) -> int:
+        """The annotated slice as the scan's own file on ``scan`` counts it."""
+        before = 0 if self.grid is None else np.rint(-scan.index(self.grid.origin)[self.axis])
+        return self.index - int(before)
 
 
 def read_annotations(settings: DataSettings) -> dict[str, Annotation]:
@@ -117,9 +122,10 @@ def folder_states(
     """Per case of an annotation folder its annotation, None where that is still empty, or what is wrong with it;
     compared with its scan where ``cases`` are given.
 
-    ``folder/CASE/annotation.nii.gz`` (or another ending) is a label map of the scan, empty but for one slice along
-    any axis, and ``folder/slices.csv`` (``case,axis,slice``), where there is one, names the slices that were
-    suggested. Raises ``UserError`` where the folder holds no annotation at all.
+    ``folder/CASE/annotation.nii.gz`` (or another ending) is a label map of the scan, or of the scan padded as
+    ``suggest`` does, empty but for one slice along any axis, and ``folder/slices.csv`` (``case,axis,slice``), where
+    there is one, names the slices that were suggested. Raises ``UserError`` where the folder holds no annotation at
+    all.
     """
     suggested = _read_csv(folder / SLICES) if (folder / SLICES).exists() else {}
     names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
@@ -133,10 +139,18 @@ def folder_states(
                 if name not in scans:
                     raise UserError(f"{folder / name} annotates no scan of the data folder: name it after its case")
                 if isinstance(state, Annotation):
-                    check_match(source_grid(scans[name]), state.grid, scans[name].image, state.label)
+                    _check_on_scan(state, scans[name])
             except UserError as error:
                 states[name] = str(error)
     return states
+
+
+def _check_on_scan(annotation: Annotation, case: Case) -> None:
+    scan = source_grid(case)
+    padding_before(scan, annotation.grid, case.image, annotation.label)
+    if not 0 <= annotation.index_in(scan) < scan.size[annotation.axis]:
+        raise UserError(f"{annotation.label} is annotated beyond the end of {case.image.name} (slice "
+                        f"{annotation.index} of the padded scan): annotate a slice of the scan itself")
 
 
 def _state(folder: Path, suggested: Annotation | None, settings: DataSettings) -> Annotation | str | None:

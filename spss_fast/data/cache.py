@@ -21,6 +21,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from spss_fast.config import DataSettings
+from spss_fast.data.annotations import Annotation
 from spss_fast.data.geometry import Grid, resample, to_image
 from spss_fast.data.images import files_of
 from spss_fast.data.layouts import Case, read_case, read_label
@@ -50,6 +51,11 @@ class PreparedCase:
     def label(self) -> np.ndarray | None:
         """The full label (H, W, D) uint8 in [0, C), or None; for annotated slices, monitoring and evaluation only."""
         return np.load(self.folder / "label.npy", mmap_mode="c") if self.has_label else None
+
+    def full_label(self, annotated: int) -> np.ndarray | None:
+        """:meth:`label`, or None where it shows nothing beside prepared slice ``annotated``."""
+        label = self.label()
+        return label if label is not None and np.delete(label, annotated, axis=2).any() else None
 
     def to_source(self, array: np.ndarray, linear: bool = False) -> sitk.Image:
         """An (H, W, D) array on the prepared grid, taken back onto the original file's own grid, 0 beyond the crop.
@@ -82,16 +88,17 @@ class PreparedCase:
         here = np.floor(self.source.index(self.grid.point(position))[axis] + 0.5)
         return int(np.clip(here, 0, self.source.size[axis] - 1))  # a shrunk grid may reach past the last slice
 
-    def annotation_from_source(self, index: int, settings: DataSettings, label: Path | None = None) -> np.ndarray:
-        """Slice ``index`` of the original file's label, uint8 (H, W) in [0, C) on the prepared grid's in-plane lattice;
-        of the file ``label`` on the same grid, where it is given.
+    def annotation_from_source(self, annotation: Annotation, settings: DataSettings) -> np.ndarray:
+        """The annotated slice, uint8 (H, W) in [0, C) on the prepared grid's in-plane lattice, from the file that holds
+        it: that of ``annotation``, or the case's own label.
 
         Resampling the whole label would fall between slices where it shrinks their number, and find nothing where
         only this one is annotated.
         """
-        whole, grid = read_label(replace(self.case, label=label or self.case.label), self.source, settings.plane)
+        own, label = annotation.label is None, annotation.label or self.case.label
+        whole, grid = read_label(replace(self.case, label=label), self.source, settings.plane, padded=not own)
         position = (np.array(self.source.size) - 1) / 2
-        position[self.slice_axis()] = index
+        position[self.slice_axis()] = annotation.index_in(self.source)
         here = int(np.rint(grid.index(self.source.point(position))[2]))
         slab = grid.cropped((0, 0, here), (*grid.size[:2], 1))
         along = (np.array(slab.origin) - self.grid.origin) @ self.grid.axes[:, 2] / self.grid.spacing[2]

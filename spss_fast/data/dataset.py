@@ -40,11 +40,9 @@ class Dataset:
 
     def summary(self) -> str:
         """One line for a person."""
-        test = "held-out" if self.split.held_out else "test cases among the unlabelled"
-        return (
-            f"{len(self.labeled)} annotated volumes (one slice each), {len(self.unlabeled)} unlabelled, "
-            f"{len(self.test)} {test}"
-        )
+        tested, among = sum(case.has_label for case in self.test), "held out" if self.split.held_out else "among those"
+        test = f"{tested} test cases {among}" if tested else "none with a label to test on"
+        return f"{len(self.labeled)} annotated volumes (one slice each), {len(self.unlabeled)} unlabelled, {test}"
 
 
 def data_folder(config: Config, console: Console) -> Path:

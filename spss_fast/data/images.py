@@ -164,6 +164,20 @@ def check_match(image: Grid, label: Grid, image_path: Path, label_path: Path) ->
                             "export the label in the scan's own geometry")
 
 
+def padding_before(image: Grid, label: Grid, image_path: Path, label_path: Path) -> np.ndarray:
+    """(3,) int64: how many voxels a label begins before its image, whose lattice it may continue beyond all borders.
+
+    Raises ``UserError`` where it leaves out part of the image, and otherwise as :func:`check_match` does.
+    """
+    before = -np.rint(image.index(label.origin)).astype(np.int64)
+    if (before < 0).any() or (np.array(label.size) - before < image.size).any():
+        before[:] = 0
+    else:
+        image = image.cropped(-before, label.size)
+    check_match(image, label, image_path, label_path)
+    return before
+
+
 def whole_numbers(label: np.ndarray, path: Path) -> np.ndarray:
     """A label map as uint8, or ``UserError`` where its values are not whole numbers from 0 to 255."""
     if label.dtype == np.uint8:

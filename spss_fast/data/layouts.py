@@ -17,7 +17,7 @@ import SimpleITK as sitk
 
 from spss_fast.data.folders import FOLDERS
 from spss_fast.data.geometry import Grid, oriented
-from spss_fast.data.images import check_image, check_match, read_grid, read_image, whole_numbers
+from spss_fast.data.images import check_image, check_match, padding_before, read_grid, read_image, whole_numbers
 from spss_fast.errors import UserError, reason
 
 # layout: (image, label) file names inside a case's folder
@@ -134,13 +134,20 @@ def read_case(case: Case, plane: str = "auto") -> Scan:
     return Scan(view, label, grid.spacing, grid, source)
 
 
-def read_label(case: Case, source: Grid, plane: str = "auto") -> tuple[np.ndarray, Grid]:
-    """The label of a case as :func:`read_case` gives it, without its image, which lies on ``source``; and its grid."""
+def read_label(case: Case, source: Grid, plane: str = "auto", padded: bool = False) -> tuple[np.ndarray, Grid]:
+    """The label of a case as :func:`read_case` gives it, without its image, which lies on ``source``; and its grid.
+
+    With ``padded`` the label's file may reach beyond the image; that part of it is left out.
+    """
     if case.layout in H5 and case.label == case.image:
         scan = _read_h5(case, plane)
         return scan.label, scan.grid
     label, own = _read_array(case.label)
-    check_match(source, own, case.image, case.label)
+    if padded:
+        before = padding_before(source, own, case.image, case.label)
+        label = label[tuple(slice(start, start + n) for start, n in zip(before, source.size))]
+    else:
+        check_match(source, own, case.image, case.label)
     # the scan's own grid, so that rounding in the two headers cannot orient the two files differently
     return oriented(whole_numbers(label, case.label), source, "axial" if _as_it_is(case, plane) else plane)
 

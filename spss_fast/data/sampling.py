@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from spss_fast.config import Config, DataSettings
-from spss_fast.data.annotations import read_annotations
+from spss_fast.data.annotations import Annotation, read_annotations
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.splits import annotated_slices
 
@@ -64,16 +64,20 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
     slices, given = annotated_slices(cases, settings, seed), read_annotations(settings)
     volumes = []
     for case in cases:
-        index, image, full = slices[case.name], torch.from_numpy(case.image), case.label()
-        if case.name in given:  # taken from the file itself, which may have no other slice
-            named = given[case.name]
-            mask = case.annotation_from_source(named.index, settings, named.label)
-        else:
-            mask = full[:, :, index]
-        annotation = torch.from_numpy(np.array(mask, order="C"))
+        index, image = slices[case.name], torch.from_numpy(case.image)
+        annotation, full = annotated_slice(case, index, given.get(case.name), settings), case.full_label(index)
         reference = None if full is None else torch.from_numpy(full)
         volumes.append(TrainingVolume(case.name, image, index, annotation, reference))
     return volumes
+
+
+def annotated_slice(
+    case: PreparedCase, index: int, named: Annotation | None, settings: DataSettings
+) -> torch.Tensor:
+    """The label (H, W) uint8 in [0, C) of prepared slice ``index``; of the one that the user ``named`` from the file
+    itself, which may have no other."""
+    mask = case.label()[:, :, index] if named is None else case.annotation_from_source(named, settings)
+    return torch.from_numpy(np.array(mask, order="C"))
 
 
 def unlabeled_volumes(cases: list[PreparedCase]) -> list[TrainingVolume]:

@@ -117,11 +117,11 @@ def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: in
 
 
 def _given_slice(case: PreparedCase, annotation: Annotation, settings: DataSettings) -> int:
-    index, axis = annotation.index, case.slice_axis()
+    axis = case.slice_axis()
     if annotation.axis not in (None, axis):
         raise UserError(f"{settings.annotations}: {case.name} is annotated along axis {annotation.axis} of its file, "
                         f"but its slices lie along axis {axis}: set plane to that of the annotation")
-    count = case.source.size[axis]
+    index, count = annotation.index_in(case.source), case.source.size[axis]
     if not 0 <= index < count:
         raise UserError(f"{settings.annotations}: slice {index} of {case.name} does not exist; its last is {count - 1}")
     file = annotation.label or case.case.label
@@ -132,7 +132,7 @@ def _given_slice(case: PreparedCase, annotation: Annotation, settings: DataSetti
     if not 0 <= prepared < case.grid.size[2]:
         raise UserError(f"{settings.annotations}: slice {index} of {case.name} lies outside of what is left of its "
                         "scan: annotate a slice within the body, or turn body_crop off")
-    if not case.annotation_from_source(index, settings, annotation.label).any():
+    if not case.annotation_from_source(annotation, settings).any():
         raise UserError(f"{settings.annotations}: slice {index} of {case.name} holds no foreground in {file}; name the "
                         "slice that is annotated")
     return prepared

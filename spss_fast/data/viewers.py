@@ -1,10 +1,11 @@
-"""Files that open a scan and its label in 3D Slicer and in ITK-SNAP, at one voxel.
+"""Files that open a scan and its label in 3D Slicer, at one voxel, and in ITK-SNAP, with that voxel marked.
 
 Sources: the reading side of vtkMRMLSliceNode, vtkMRMLSliceCompositeNode and the storage nodes of 3D Slicer (a scene is
 XML, an element per node, positions in mm of the RAS frame), and of WorkspaceAPI and ImageAnnotationData of ITK-SNAP (a
 workspace is a registry: folders of entries). ITK-SNAP writes no cursor position into a workspace and reads none (its
-own workspaces of 2015 to 2025 hold none): it opens every image at its middle. So the workspace marks the slice by a
-landmark, visible in that slice alone, which the annotation mode's "next annotation" goes to.
+own workspaces of 2015 to 2025 hold none): it opens every image at voxel n // 2 of each axis (IRISApplication), so that
+the slice has to lie there. The workspace marks it by a landmark, visible in that slice alone, which the annotation
+mode's "next annotation" goes to.
 """
 
 from __future__ import annotations

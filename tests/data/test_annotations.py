@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from spss_fast.data.annotations import annotated_plane, check_annotations, folder_states, read_annotations
 from spss_fast.data.images import read_image
@@ -215,6 +216,21 @@ def test_all_cases_agree_on_the_plane(scans_without_labels, tmp_path):
     annotate(tmp_path / "todo", "d", 2, 8, labels["d"])
     with pytest.raises(UserError, match=r"plane = coronal, but .*todo is annotated in the axial plane"):
         annotated_plane(settings(tmp_path, plane="coronal").data)
+
+
+def test_a_label_of_one_slice_is_no_full_one(tmp_path):
+    """Named by a CSV: what training is monitored by has to show more than what was annotated."""
+    image, label = ball(SHAPE)
+    alone = np.zeros_like(label)
+    alone[:, :, 8] = label[:, :, 8]
+    for name, shown in (("b", alone), ("d", label)):
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+        write_image(tmp_path / "scans" / f"{name}_seg.nii.gz", shown)
+    (tmp_path / "slices.csv").write_text("case,slice\nb,8\nd,8\n")
+    config = settings_of("folder", tmp_path, annotations=str(tmp_path / "slices.csv"))
+    one, whole = training_volumes(prepared("folder", tmp_path / "scans", config), config.data, 0)
+    assert one.reference is None and torch.equal(whole.reference, torch.from_numpy(label))
+    assert torch.equal(one.annotation, whole.annotation) and one.annotation.any()
 
 
 def test_a_csv_may_name_the_axis_too(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 
 from spss_fast.config import resolve
 from spss_fast.data import cache
+from spss_fast.data.annotations import Annotation
 from spss_fast.data.cache import prepare
 from spss_fast.data.layouts import find_cases
 from spss_fast.errors import UserError
@@ -226,5 +227,5 @@ def test_slices_of_the_file_and_of_the_prepared_volume(tmp_path):
     assert [case.slice_from_source(s) for s in (23, 22, 21, 20, 5, 0)] == [0, 0, 0, 1, 6, 7]
     expected = np.zeros((16, 16), np.uint8)
     expected[3:7, 2:9] = 1
-    np.testing.assert_array_equal(case.annotation_from_source(5, config.data), expected)
-    assert not case.annotation_from_source(6, config.data).any()
+    np.testing.assert_array_equal(case.annotation_from_source(Annotation(5), config.data), expected)
+    assert not case.annotation_from_source(Annotation(6), config.data).any()
