@@ -201,11 +201,18 @@ def test_an_evaluation_of_older_weights_is_called_so(run):
     assert "of earlier weights" in _page(run).text
 
 
-def test_an_evaluation_of_other_cases_is_called_so(run):
-    cases = json.loads((run / "cases.json").read_text())
-    cases["test"] = cases["train"][:1]
-    (run / "cases.json").write_text(json.dumps(cases))
-    assert "3 cases of another folder than the run's own" in _page(run).text
+def test_an_evaluation_of_another_folder_is_called_so_and_drawn_from_there(run, tmp_path):
+    own = json.loads((run / "cases.json").read_text())
+    other = tmp_path / "other"
+    for name in own["test"]:
+        (other / f"other_{name}").mkdir(parents=True)
+        for path in (Path(own["data_dir"]) / name).iterdir():
+            (other / f"other_{name}" / path.name).symlink_to(path)
+    evaluate.main(["--run", str(run), "--data-dir", str(other)])
+    page = _page(run, cases=1)
+    assert f"{len(own['test'])} cases of another folder than the run's own, {other}" in page.text
+    assert "Not in the data folder" not in page.text
+    assert any(line[0].startswith("other_") for line in page.metrics("mean ± sd of 3"))
 
 
 def test_distances_carry_the_unit_they_were_measured_in(run):
@@ -261,7 +268,7 @@ def test_without_full_labels_nothing_is_compared(run, finished, tmp_path):
         cases["annotated"][name] = None
     for name in ("evaluation.csv", "registration_labels.csv"):
         (run / name).unlink()
-    prepared = gallery._prepared(record.read(run).config, data, list(cases["annotated"]))
+    prepared = gallery._prepared("phantom", data, cases["annotated"], record.read(run).config.data)
     for name, case in prepared.items():
         cases["annotated"][name] = int(case.label().sum((0, 1)).argmax())
     (run / "cases.json").write_text(json.dumps(cases))

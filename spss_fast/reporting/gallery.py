@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,16 +11,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from spss_fast.config import Config
+from spss_fast.config import DataSettings
 from spss_fast.data.annotations import Annotation, read_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases
+from spss_fast.data.sampling import annotated_slice
 from spss_fast.engine import selfpaced
 from spss_fast.engine.device import resolve_amp
 from spss_fast.engine.evaluation import Rows
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.progress import Progress
-from spss_fast.engine.pseudo_labels import fused_labels, registration_labels
+from spss_fast.engine.pseudo_labels import fuse, registration_labels
 from spss_fast.errors import UserError
 from spss_fast.evaluate import load_student
 from spss_fast.nets.regnet import RegistrationNet
@@ -102,7 +103,7 @@ class _Networks:
         progress = max(0, self.iteration - 1) / training.fusion_iterations
         weight = selfpaced.fusion_weight(progress, training.fusion, training.fusion_power)
         where = torch.tensor([index], device=self.device)
-        _, fused = fused_labels(label, probability[None], annotation[None].to(self.device), where, weight)
+        _, fused = fuse(label, probability[None], weight).finished(annotation[None].to(self.device), where)
         return fused[0].cpu().numpy() > 0
 
 
@@ -115,19 +116,24 @@ def gallery(
     if record.content is None:
         made.notes.append("There is no checkpoint yet, so no network to draw labels with.")
         return made
-    recorded, config = record.cases, record.config
+    recorded, data = record.cases, record.config.data
     tested = _chosen(record.evaluation, recorded["test"], count)
     annotated = _chosen(record.labels, list(recorded["annotated"]), count)
     try:
-        prepared = _prepared(config, Path(data_dir or recorded["data_dir"]), [*tested, *annotated])
-        given = read_annotations(config.data)
+        own = Path(data_dir or recorded["data_dir"])
+        if record.foreign:
+            prepared = _prepared("folder", Path(record.about["data_dir"]), tested, data)
+            prepared |= _prepared(data.dataset, own, annotated, data)
+        else:
+            prepared = _prepared(data.dataset, own, tested | annotated, data)
+        given = read_annotations(data)
     except UserError as error:
         made.notes.append(f"The scans could not be read: {error}. Where they lie now is what --data-dir says.")
         return made
     lost = [name for name in (*tested, *annotated) if name not in prepared]
     if lost:
-        made.notes.append(f"Not in the data folder, and so not shown: {', '.join(lost)}. Evaluated with another "
-                          "--data-dir? Give the same one here.")
+        made.notes.append(f"Not in the data folder, and so not shown: {', '.join(lost)}. Where the scans lie now is "
+                          "what --data-dir says.")
     if not record.iteration:
         made.notes.append("No joint iteration is behind the checkpoint: predictions, fused labels and uncertainty are "
                           "left out, as the student has learnt nothing yet.")
@@ -163,9 +169,11 @@ def _rank(place: int, total: int, measured: bool) -> str:
     return f"median of {total}" if place == round((total - 1) / 2) else f"rank {place + 1} of {total} from the worst"
 
 
-def _prepared(config: Config, folder: Path, names: list[str]) -> dict[str, PreparedCase]:
-    cases = [case for case in find_cases(config.data.dataset, folder) if case.name in set(names)]
-    return {case.name: case for case in prepare(cases, config.data)}
+def _prepared(
+    dataset: str, folder: Path, names: Collection[str], settings: DataSettings
+) -> dict[str, PreparedCase]:
+    cases = [case for case in find_cases(dataset, folder) if case.name in names]
+    return {case.name: case for case in prepare(cases, settings)}
 
 
 def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: Record) -> Example:
@@ -192,22 +200,17 @@ def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: 
 def _annotated_example(
     networks: _Networks, case: PreparedCase, rank: str, record: Record, given: dict[str, Annotation]
 ) -> Example:
-    image, index, full = torch.from_numpy(case.image), record.cases["annotated"][case.name], case.label()
-    # as training saw it: a slice that the user names comes from the file itself
-    if case.name in given:
-        named = given[case.name]
-        mask = case.annotation_from_source(named.index, record.config.data, named.label)
-    else:
-        mask = full[:, :, index]
-    annotation = torch.from_numpy(np.array(mask, order="C"))
+    image, index = torch.from_numpy(case.image), record.cases["annotated"][case.name]
+    annotation = annotated_slice(case, index, given.get(case.name), record.config.data)
     label = networks.labels(image, annotation, index)
     drawn = np.zeros(case.image.shape, bool)
-    drawn[:, :, index] = mask > 0
+    drawn[:, :, index] = annotation.numpy() > 0
     masks, entropy = {"annotated": drawn, "registration": label[0].cpu().numpy() > 0}, None
     if record.iteration:
         entropy, probability = networks.uncertainty(image)
         masks |= {"fused": networks.fused(label, probability, annotation, index), "prediction": networks.predict(image)}
-    if full is not None and np.delete(full, index, axis=2).any():
+    full = case.full_label(index)
+    if full is not None:
         masks["reference"] = full > 0
     example = Example(
         case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, masks, entropy, index

@@ -39,7 +39,7 @@ def render(record: Record, gallery: Gallery) -> str:
         name=record.name, lead=_lead(record), answers=findings.answers(record, gallery),
         strip=charts.dice_of_cases(groups) if groups else "",
         evaluation=_table(record.evaluation), evaluated=record.evaluated, command=findings.command(record),
-        distances=_distances(record.units),
+        distances=_distances(record.about.get("units")),
         notes=gallery.notes, iteration=record.iteration, passes=record.config.selection.passes,
         lines=[{"name": name, "label": label, "color": color, "dash": dash}
                for name, (label, color, dash) in panels.LINES.items()],

@@ -31,7 +31,7 @@ class Record:
     registration: Curves  # stage 1, by epoch
     joint: Curves  # stage 2, by iteration
     evaluation: Rows | None  # None: `evaluate` has not been run
-    units: str | None  # of the evaluation's distances, "voxel" or "mm", where it says so
+    about: dict[str, Any]  # what the evaluation says of itself: whose cases, the folder, the unit of distances
     stale: bool  # the checkpoint is newer than the evaluation
     labels: Rows | None  # metrics of the registration labels; None before the end, and without full labels
     content: dict[str, Any] | None
@@ -56,14 +56,14 @@ class Record:
 
     @property
     def foreign(self) -> bool:
-        """Whether the evaluation holds cases that are no test cases of the run (``evaluate --data-dir``)."""
-        return bool(self.evaluation) and not set(self.evaluation) <= set(self.cases["test"])
+        """Whether another folder than the run's own was evaluated (``evaluate --data-dir``)."""
+        return self.about.get("data_dir", self.cases["data_dir"]) != self.cases["data_dir"]
 
     @property
     def evaluated(self) -> str:
         """What the evaluated cases are to the run, in the plural."""
         if self.foreign:
-            return "cases of another folder than the run's own"
+            return f"cases of another folder than the run's own, {self.about['data_dir']}"
         return "held-out cases" if self.cases["held_out"] else "unlabelled training cases (images seen, labels never)"
 
 
@@ -78,12 +78,13 @@ def read(run: Path, device: torch.device | str = "cpu") -> Record:
         raise UserError(f"no run in {run} (it has no config.toml): give the --out of a training")
     content = checkpoint.read(folder.checkpoint, device) if folder.checkpoint.exists() else None
     evaluation = run / "evaluation.csv"
+    about = evaluation.with_suffix(".json")
     return Record(
         run, checkpoint.config_of(content) if content else _config(settings),
         _json(run / "cases.json"), _json(run / "environment.json"),
         *(_curves(run / f"{stage}.csv") for stage in STAGES),
         evaluation=_metrics(evaluation),
-        units=_json(about).get("units") if (about := evaluation.with_suffix(".json")).exists() else None,
+        about=_json(about) if evaluation.exists() and about.exists() else {},
         stale=content is not None and evaluation.exists()
         and evaluation.stat().st_mtime < folder.checkpoint.stat().st_mtime,
         labels=_metrics(run / "registration_labels.csv"), content=content,
