@@ -93,7 +93,9 @@ def bench_registration(measure, device, preset, provider):
     volumes = data(config.data.patch).image[:, 0].to(place)
 
     def run():
-        with backend("reference") if provider == "straightforward" else contextlib.nullcontext():
+        if provider == "spss_fast":
+            return state.registration_steps(volumes, None)
+        with backend("reference"):
             return registration_steps(state.registration, state.adam, volumes, None, config.registration, state.amp)
 
     measure(run, operator="step", case="10 registration steps", size=preset, provider=provider,

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from spss_fast.config import RegistrationSettings
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import selfpaced
-from spss_fast.engine.pseudo_labels import fused_labels, restore_annotation, voxel_weights
+from spss_fast.engine.pseudo_labels import fuse, restore_annotation, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.engine.step import State, seed_for
 from spss_fast.nets.vnet import update_teacher
@@ -139,7 +139,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
         features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature
     )
     w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)  # 8
-    label_seg, label = fused_labels(label_reg, probability_t, annotation, index, w_p)
+    label_seg, label = fuse(label_reg, probability_t, w_p).finished(annotation, index)
     weights = voxel_weights(label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from, False)
     ce, dice = reference_weighted_ce_dice(logits_s, label.long(), weights)
     loss_s = 0.5 * (ce + 0.3 * dice)

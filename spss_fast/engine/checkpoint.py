@@ -44,6 +44,8 @@ def restore(state: State, content: dict[str, Any]) -> None:
     """Put a checkpoint's content into ``state``."""
     for part in PARTS:
         getattr(state, part).load_state_dict(content[part])
+    for group in state.adam.param_groups:  # whether a CUDA graph may hold it is this device's matter, not the saver's
+        group |= {name: value for name, value in state.adam.defaults.items() if name == "capturable"}
     state.epoch, state.iteration = content["epoch"], content["iteration"]
     state.last_loss = content["last_loss"].to(state.device)
 

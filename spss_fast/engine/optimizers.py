@@ -45,7 +45,8 @@ def build(
     if training.optimizer == "apex":
         apex, _, _ = _apex(device)
         return apex.FusedSGD(student, **sgd), apex.FusedAdam(registration, lr=adam_lr, adam_w_mode=False)
-    return torch.optim.SGD(student, **sgd, fused=True), torch.optim.Adam(registration, adam_lr, fused=True)
+    adam = torch.optim.Adam(registration, adam_lr, fused=True, capturable=device.type == "cuda")
+    return torch.optim.SGD(student, **sgd, fused=True), adam
 
 
 def moving_average(name: str, device: torch.device) -> Average:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -73,13 +75,12 @@ def split_structures(annotation: Tensor, count: int) -> Tensor:
 
 
 def fill_holes(labels: Tensor, classes: int) -> Tensor:
-    """Fill the 3-D holes of each class of ``labels`` (L, h, w, d) in [0, C): a copy, uint8.
+    """Fill the 3-D holes of each class of ``labels`` (L, h, w, d) in [0, C), on the CPU: a copy, uint8.
 
     A hole of a class is background that no path of face neighbours joins to the border but through that class. Other
     classes within it stay, and background that several classes enclose goes to the one that encloses it most tightly.
     """
-    filled = [_without_holes(label, classes) for label in labels.to("cpu", torch.uint8).numpy()]
-    return torch.from_numpy(np.stack(filled)).to(labels.device)
+    return torch.from_numpy(np.stack([_without_holes(label, classes) for label in labels.to(torch.uint8).numpy()]))
 
 
 def _without_holes(label: np.ndarray, classes: int) -> np.ndarray:
@@ -103,21 +104,40 @@ def restore_annotation(labels: Tensor, annotation: Tensor, index: Tensor) -> Ten
     return labels
 
 
-def fused_labels(
-    registration: Tensor, probability: Tensor, annotation: Tensor, index: Tensor, teacher_weight: float,
-) -> tuple[Tensor, Tensor]:
-    """The teacher's labels L_seg = argmax p_t and the fused labels y = argmax[(1 - w_p) onehot(L_reg) + w_p p_t] (step
-    8), holes filled and the annotated slice restored, both uint8 in [0, C) of shape (L, h, w, d).
+@dataclass
+class FusedLabels:
+    """L_seg and y (step 8) before their holes are filled, on their way to the host, which does that."""
 
-    ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t.
+    labels: Tensor  # (2, L, h, w, d) uint8 in [0, C), on the CPU
+    classes: int
+    arrived: torch.cuda.Event | None  # None: they are there
+
+    def finished(self, annotation: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """L_seg and y, holes filled and the annotated slice (L, h, w) restored: uint8 in [0, C) of shape (L, h, w, d),
+        on the device of ``index`` (L,)."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return tuple(
+            restore_annotation(fill_holes(labels, self.classes).to(index.device), annotation, index)
+            for labels in self.labels
+        )
+
+
+def fuse(registration: Tensor, probability: Tensor, teacher_weight: float) -> FusedLabels:
+    """Step 8: the teacher's labels L_seg = argmax p_t and the fused y = argmax[(1 - w_p) onehot(L_reg) + w_p p_t].
+
+    ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t, ``teacher_weight`` w_p.
+    A GPU is not waited for.
     """
-    classes = probability.shape[1]
-    foreground = probability[:, 1:].float()
+    classes, foreground = probability.shape[1], probability[:, 1:].float()
     fused = (1 - teacher_weight) * foreground_masks(registration, classes).float() + teacher_weight * foreground
-    return tuple(
-        restore_annotation(fill_holes(most_probable(scores), classes), annotation, index)
-        for scores in (foreground, fused)
-    )
+    labels = torch.stack([most_probable(scores) for scores in (foreground, fused)]).to(torch.uint8)
+    if not labels.is_cuda:
+        return FusedLabels(labels, classes, None)
+    host = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=True).copy_(labels, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return FusedLabels(host, classes, arrived)
 
 
 def most_probable(foreground: Tensor) -> Tensor:

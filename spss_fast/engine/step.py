@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from spss_fast.config import Config
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import optimizers, selfpaced
+from spss_fast.engine.graphs import Replayed
 from spss_fast.engine.profiling import phase
-from spss_fast.engine.pseudo_labels import foreground_masks, fused_labels, registration_labels, voxel_weights
+from spss_fast.engine.pseudo_labels import foreground_masks, fuse, registration_labels, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
@@ -36,6 +37,8 @@ class State:
     adam: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)  # of the student's loss; does nothing but in fp16
     registration_scaler: torch.amp.GradScaler = field(init=False)
+    # (volumes, labels or None) -> loss: all steps of `registration_steps`, on a GPU in one launch
+    registration_steps: Callable[[Tensor, Tensor | None], Tensor] = field(init=False)
     epoch: int = 0  # of stage 1
     iteration: int = 0  # t, of stage 2
     average: optimizers.Average = field(init=False)  # how the teacher follows the student
@@ -58,7 +61,16 @@ class State:
         self.scaler, self.registration_scaler = (
             torch.amp.GradScaler(self.device.type, enabled=scaled) for _ in range(2)
         )
+        self.registration_steps = self._registration_steps
+        # gradient scaling decides on the host whether to step, and apex's Adam counts its steps there
+        if self.device.type == "cuda" and not scaled and training.optimizer == "torch":
+            self.registration_steps = Replayed(self._registration_steps)
         self.last_loss = torch.tensor(float("inf"), dtype=torch.float64, device=self.device)
+
+    def _registration_steps(self, volumes: Tensor, labels: Tensor | None) -> Tensor:
+        return registration_steps(
+            self.registration, self.adam, volumes, labels, self.config.registration, self.amp, self.registration_scaler
+        )
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the segmentation networks; losses take their outputs in float32."""
@@ -85,12 +97,8 @@ def seed_for(seed: int, stage: int, position: int) -> int:
 def registration_epoch(state: State, batches: Iterable[Batch]) -> Tensor:
     """Stage 1: one epoch of registration pre-training; returns the last loss."""
     torch.manual_seed(seed_for(state.config.training.seed, 1, state.epoch))
-    settings = state.config.registration
     for batch in batches:
-        volumes = batch.image.to(state.device)[:, 0]
-        loss = registration_steps(
-            state.registration, state.adam, volumes, None, settings, state.amp, state.registration_scaler
-        )
+        loss = state.registration_steps(batch.image.to(state.device)[:, 0], None)
     state.epoch += 1
     return loss
 
@@ -111,9 +119,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
 
     # 1. registration steps without labels
     with phase("registration"):
-        registration_loss = registration_steps(
-            state.registration, state.adam, volumes, None, registration, state.amp, state.registration_scaler
-        )
+        registration_loss = state.registration_steps(volumes, None)
     # 2. registration labels
     with phase("propagation"):
         label_reg = registration_labels(
@@ -126,6 +132,11 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     with phase("teacher"), state.autocast(), torch.no_grad():
         logits_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].float()
         probability_t = logits_t.softmax(1)
+
+    # 8, first half: the host fills the holes of these labels while a GPU goes on with the passes that follow
+    with phase("losses"):
+        w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
+        fused = fuse(label_reg, probability_t, w_p)
 
     # 5, first half: the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
     height, width = image.shape[2:4]
@@ -180,10 +191,9 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
             selection.contrast == "bidirectional",
         )
 
-    # 8. fused labels, and the supervised loss on them
+    # 8, second half: fused labels, and the supervised loss on them
     with phase("losses"):
-        w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
-        label_seg, label = fused_labels(label_reg, probability_t, annotation, index, w_p)
+        label_seg, label = fused.finished(annotation, index)
         weights = voxel_weights(
             label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
             training.label_weights == "truncated",
@@ -205,10 +215,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
 
     # 10. registration steps on the fused labels
     with phase("registration"):
-        supervised_registration_loss = registration_steps(
-            state.registration, state.adam, volumes[:labeled], foreground_masks(label, classes), registration,
-            state.amp, state.registration_scaler,
-        )
+        supervised_registration_loss = state.registration_steps(volumes[:labeled], foreground_masks(label, classes))
     state.iteration += 1
     return Outputs(
         metrics={
