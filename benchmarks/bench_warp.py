@@ -52,7 +52,8 @@ def make(provider: str, shape: tuple[int, ...], device: str):
     if provider == "grid_sample":
         return GridWarp(shape[2:], device)
     if provider == "grid_sample compiled":
-        return torch.compile(GridWarp(shape[2:], device))
+        torch.compiler.reset()  # of other sizes: they share the code, and a later one would get dynamic shapes
+        return torch.compile(GridWarp(shape[2:], device), dynamic=False)
     return warp
 
 

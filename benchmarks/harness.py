@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -116,7 +117,11 @@ def time_calls(benchmark, run: Callable[[], object], device: str, seconds: float
 
 
 def environment(device: str) -> dict:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -131,7 +136,7 @@ def environment(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or os.environ.get("COMMIT"),
         "versions": versions,
     }
 

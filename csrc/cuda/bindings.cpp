@@ -1,10 +1,14 @@
-// The CUDA operators' ATen side: checks, allocation, the current stream. It needs no CUDA part of torch's headers, so
-// it compiles wherever torch and the CUDA toolkit's headers are.
+// The CUDA operators' ATen side: checks, allocation, the current stream. With a CPU build of torch and the CUDA toolkit's
+// headers it compiles as well, though nothing can run it there.
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
+#if __has_include(<c10/cuda/impl/cuda_cmake_macros.h>)  // generated for CUDA builds only
+#include <c10/cuda/CUDAStream.h>
+#define SPSS_TORCH_HAS_CUDA
+#endif
 
 #include "checks.h"
 #include "cuda/launch.h"
@@ -13,8 +17,12 @@ namespace spss {
 namespace {
 
 cudaStream_t current_stream(const Tensor& tensor) {
+#ifdef SPSS_TORCH_HAS_CUDA
+  return c10::cuda::getCurrentCUDAStream(tensor.get_device()).stream();
+#else
   const auto* guard = c10::impl::getDeviceGuardImpl(c10::DeviceType::CUDA);
   return static_cast<cudaStream_t>(guard->getStream(tensor.device()).native_handle());
+#endif
 }
 
 void launched(cudaError_t status, const char* name) {

@@ -76,7 +76,7 @@ def idle_share(events: list, steps: list) -> float:
     begin, end = min(s.time_range.start for s in steps), max(s.time_range.end for s in steps)
     spans = sorted(
         (e.time_range.start, e.time_range.end) for e in events
-        if e.device_type == DeviceType.CUDA and not e.name.startswith(("spss_fast/", "ProfilerStep"))  # those are marks
+        if e.device_type == DeviceType.CUDA and not e.is_user_annotation  # our phases, optimizers: marks
     )
     busy, until = 0.0, begin
     for start, stop in spans:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +12,11 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from spss_fast.config import RegistrationSettings
+from spss_fast.engine.device import upload
 from spss_fast.engine.registration import neighbour_flows
 from spss_fast.ops.propagate import propagate
 
+_FILLING = ThreadPoolExecutor(1, "fill_holes")
 
 def registration_labels(
     network: nn.Module, volumes: Tensor, annotation: Tensor, index: Tensor, classes: int,
@@ -35,13 +39,13 @@ def registration_labels(
     flows = neighbour_flows(network, volumes, amp)
     up, down = (flow if chains == 1 else flow.repeat_interleave(chains, 0) for flow in flows)
     labels = propagate(
-        parts.to(volumes.device), index.repeat_interleave(chains), up, down, opening=settings.opening,
+        upload(parts, volumes.device), index.repeat_interleave(chains), up, down, opening=settings.opening,
         closing=settings.closing, far_distance=settings.far_distance, far_iterations=settings.far_iterations,
     )
     if chains == 1:
         return labels
     labels = joined(labels.unflatten(0, (-1, classes - 1, count)).amax(2), masks.sum((2, 3)))
-    return restore_annotation(labels, annotation.to(labels.device), index)
+    return restore_annotation(labels, upload(annotation, labels.device), index)
 
 
 def foreground_masks(labels: Tensor, classes: int) -> Tensor:
@@ -106,38 +110,37 @@ def restore_annotation(labels: Tensor, annotation: Tensor, index: Tensor) -> Ten
 
 @dataclass
 class FusedLabels:
-    """L_seg and y (step 8) before their holes are filled, on their way to the host, which does that."""
+    """L_seg and y (step 8), whose holes are being filled."""
 
-    labels: Tensor  # (2, L, h, w, d) uint8 in [0, C), on the CPU
-    classes: int
-    arrived: torch.cuda.Event | None  # None: they are there
+    filled: Callable[[], Tensor]  # (2, L, h, w, d) uint8 in [0, C), on the CPU
 
     def finished(self, annotation: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """L_seg and y, holes filled and the annotated slice (L, h, w) restored: uint8 in [0, C) of shape (L, h, w, d),
-        on the device of ``index`` (L,)."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        return tuple(
-            restore_annotation(fill_holes(labels, self.classes).to(index.device), annotation, index)
-            for labels in self.labels
-        )
+        """L_seg and y with the annotated slice (L, h, w) restored: uint8 in [0, C) of shape (L, h, w, d), on the device
+        of ``index`` (L,)."""
+        labels = upload(self.filled(), index.device)
+        return tuple(restore_annotation(label, annotation, index) for label in labels)
 
 
 def fuse(registration: Tensor, probability: Tensor, teacher_weight: float) -> FusedLabels:
     """Step 8: the teacher's labels L_seg = argmax p_t and the fused y = argmax[(1 - w_p) onehot(L_reg) + w_p p_t].
 
     ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t, ``teacher_weight`` w_p.
-    A GPU is not waited for.
+    Where they are on a GPU a thread fills the holes, and the caller waits for neither of them.
     """
     classes, foreground = probability.shape[1], probability[:, 1:].float()
     fused = (1 - teacher_weight) * foreground_masks(registration, classes).float() + teacher_weight * foreground
     labels = torch.stack([most_probable(scores) for scores in (foreground, fused)]).to(torch.uint8)
     if not labels.is_cuda:
-        return FusedLabels(labels, classes, None)
+        return FusedLabels(lambda: fill_holes(labels.flatten(0, 1), classes).view_as(labels))
     host = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=True).copy_(labels, non_blocking=True)
     arrived = torch.cuda.Event()
     arrived.record()
-    return FusedLabels(host, classes, arrived)
+
+    def fill() -> Tensor:
+        arrived.synchronize()
+        return fill_holes(host.flatten(0, 1), classes).view_as(host)
+
+    return FusedLabels(_FILLING.submit(fill).result)
 
 
 def most_probable(foreground: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spss_fast.config import Config
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import optimizers, selfpaced
+from spss_fast.engine.device import upload
 from spss_fast.engine.graphs import Replayed
 from spss_fast.engine.profiling import phase
 from spss_fast.engine.pseudo_labels import foreground_masks, fuse, registration_labels, voxel_weights
@@ -111,7 +112,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     torch.manual_seed(seed_for(training.seed, 2, t))
     channels_last = {"device": state.device, "memory_format": torch.channels_last_3d}
     image, view1, view2 = (x.to(**channels_last) for x in (batch.image, batch.view1, batch.view2))
-    annotation, index = batch.annotation.to(state.device), batch.index.to(state.device)
+    annotation, index = (upload(x, state.device) for x in (batch.annotation, batch.index))
     labeled = len(annotation)
     volumes = image[:, 0]
     state.student.train()

@@ -23,8 +23,8 @@ def _loss(a, b, n, logits_a, logits_n, k, bidirectional):
     return contrastive_loss(a, b, n, logits_a / 200, logits_n / 200, k, 0.07, bidirectional)
 
 
-def _select(logits, dtype=torch.float32):
-    return select_prototypes((logits / 256).to(dtype), 11)
+def _select(logits, dtype=torch.float32, unit=256):
+    return select_prototypes((logits / unit).to(dtype), 11)
 
 
 def _raw_loss(a, b, n, logits_a, logits_n):
@@ -48,11 +48,14 @@ CASES = [
     ),
     *(
         Case(
-            "contrastive", f"select_prototypes-{name}", functools.partial(_select, dtype=dtype),
+            "contrastive", f"select_prototypes-{name}", functools.partial(_select, dtype=dtype, unit=unit),
             lambda shape, _, generator, scale=scale: (_logits(shape, generator, scale),), SHAPES,
             dtypes=(torch.float32,), gradients=False, exact=True, raw=_raw_select,
         )
-        for name, dtype, scale in (("distinct", torch.float32, 1), ("ties", torch.float32, 500),
-                                   ("bfloat16", torch.bfloat16, 1))
+        for name, dtype, scale, unit in (
+            ("distinct", torch.float32, 1, 256),
+            # exp of the gap is 0: confidences are 1, 1/2 and 1/3 whatever the last bit of a device's exp
+            ("ties", torch.float32, 500, 4), ("bfloat16", torch.bfloat16, 1, 256),
+        )
     ),
 ]
