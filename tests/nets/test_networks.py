@@ -1,5 +1,6 @@
 """The networks against the released ones: parameter names, shapes, and outputs with the same parameters."""
 
+import contextlib
 import copy
 import json
 
@@ -9,6 +10,7 @@ import torch
 from spss_fast.nets import vnet
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
+from spss_fast.ops import backend
 from tests.conftest import SHARED
 
 
@@ -75,6 +77,31 @@ def test_bfloat16_gradients_of_small_bottlenecks(sides):
     exact(x.double()).backward(upstream.double())
     scale = exact.weight.grad.abs().max()
     torch.testing.assert_close(convolution.weight.grad.double() / scale, exact.weight.grad / scale, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("amp, factor", [(None, 3), (torch.bfloat16, 1.1)])
+def test_gradients_are_as_near_to_float64s_as_plain_pytorchs(amp, factor):
+    """Channels last and on our operators against contiguous and on torch's own. Rounding flips ReLUs, so each layer's
+    error is a matter of chance, and their median is compared; bfloat16's is large anyhow, 0.8 where zeros give 1."""
+    torch.manual_seed(0)
+    plain = VNet(filters=4, dropout=0.0)
+    x, target = torch.randn(2, 1, 48, 48, 32), torch.randint(2, (2, 48, 48, 32))
+
+    def gradients(network, x, amp, operators):
+        with operators, torch.autocast("cpu", amp, enabled=amp is not None):
+            logits = network(x)
+        loss = torch.nn.functional.cross_entropy(logits.to(x.dtype), target)
+        weights = [p for p in network.parameters() if p.ndim == 5]
+        return [g.double() for g in torch.autograd.grad(loss, weights, allow_unused=True) if g is not None]
+
+    exact = gradients(copy.deepcopy(plain).double(), x.double(), None, backend("reference"))
+    peer = gradients(plain, x, amp, backend("reference"))
+    layout = {"memory_format": torch.channels_last_3d}
+    ours = gradients(copy.deepcopy(plain).to(**layout), x.contiguous(**layout), amp, contextlib.nullcontext())
+    ours, peer = (
+        torch.stack([(g - e).norm() / e.norm() for g, e in zip(result, exact)]).median() for result in (ours, peer)
+    )
+    assert 0 < ours < factor * peer
 
 
 def test_registration_net_output(vectors):
