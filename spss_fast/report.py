@@ -26,7 +26,8 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
     parser.add_argument("--cases", type=int, default=3,
                         help="test cases, and as many annotated volumes, in the gallery, from the worst to the best")
-    parser.add_argument("--data-dir", type=Path, help="where the scans of the gallery lie (default: the run's own)")
+    parser.add_argument("--data-dir", type=Path,
+                        help="where the run's scans lie now, for the gallery (default: where it found them)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     return vars(parser.parse_args(arguments))
 

@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from rich.console import Console
 
 from spss_fast import evaluate, report, train
 from spss_fast.config import resolve
+from spss_fast.data.cache import prepare
+from spss_fast.data.layouts import find_cases
 from spss_fast.data.phantom import write_phantoms
 from spss_fast.errors import UserError
 from spss_fast.reporting import charts, findings, gallery, panels, record
@@ -202,17 +205,28 @@ def test_an_evaluation_of_older_weights_is_called_so(run):
 
 
 def test_an_evaluation_of_another_folder_is_called_so_and_drawn_from_there(run, tmp_path):
+    """Also where its cases have names that the run's own have too."""
     own = json.loads((run / "cases.json").read_text())
-    other = tmp_path / "other"
-    for name in own["test"]:
-        (other / f"other_{name}").mkdir(parents=True)
-        for path in (Path(own["data_dir"]) / name).iterdir():
-            (other / f"other_{name}" / path.name).symlink_to(path)
+    other, named = tmp_path / "other", dict(zip([*own["annotated"], "another"], own["test"]))
+    for name, original in named.items():
+        (other / name).mkdir(parents=True)
+        for path in (Path(own["data_dir"]) / original).iterdir():
+            (other / name / path.name).symlink_to(path)
     evaluate.main(["--run", str(run), "--data-dir", str(other)])
     page = _page(run, cases=1)
-    assert f"{len(own['test'])} cases of another folder than the run's own, {other}" in page.text
+    assert f"{len(named)} cases of another folder than the run's own, {other}" in page.text
     assert "Not in the data folder" not in page.text
-    assert any(line[0].startswith("other_") for line in page.metrics("mean ± sd of 3"))
+    assert {line[0] for line in page.metrics("mean ± sd of 3")} == set(named)
+
+    read = record.read(run)
+    made = gallery.gallery(read, 3, torch.device("cpu"), QUIET)
+    scans = {case.name: case for case in find_cases("phantom", Path(own["data_dir"]))}
+    drawn = {(example.name, False): example for example in made.tested}
+    drawn |= {(example.name, True): example for example in made.annotated}
+    assert len(drawn) == len(named) + len(own["annotated"])
+    for (name, annotated), example in drawn.items():
+        scan, = prepare([scans[name if annotated else named[name]]], read.config.data)
+        np.testing.assert_array_equal(example.image, scan.image)
 
 
 def test_distances_carry_the_unit_they_were_measured_in(run):

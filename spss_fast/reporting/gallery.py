@@ -120,17 +120,14 @@ def gallery(
     tested = _chosen(record.evaluation, recorded["test"], count)
     annotated = _chosen(record.labels, list(recorded["annotated"]), count)
     try:
-        own = Path(data_dir or recorded["data_dir"])
-        if record.foreign:
-            prepared = _prepared("folder", Path(record.about["data_dir"]), tested, data)
-            prepared |= _prepared(data.dataset, own, annotated, data)
-        else:
-            prepared = _prepared(data.dataset, own, tested | annotated, data)
+        own = data.dataset, Path(data_dir or recorded["data_dir"])
+        measured = ("folder", Path(record.about["data_dir"])) if record.foreign else own
+        prepared = [_prepared(*measured, tested, data), _prepared(*own, annotated, data)]  # names may be in both
         given = read_annotations(data)
     except UserError as error:
         made.notes.append(f"The scans could not be read: {error}. Where they lie now is what --data-dir says.")
         return made
-    lost = [name for name in (*tested, *annotated) if name not in prepared]
+    lost = [name for names, found in zip((tested, annotated), prepared) for name in names if name not in found]
     if lost:
         made.notes.append(f"Not in the data folder, and so not shown: {', '.join(lost)}. Where the scans lie now is "
                           "what --data-dir says.")
@@ -138,19 +135,18 @@ def gallery(
         made.notes.append("No joint iteration is behind the checkpoint: predictions, fused labels and uncertainty are "
                           "left out, as the student has learnt nothing yet.")
     networks = _Networks(record, device)
-    jobs = [(name, rank, False) for name, rank in tested.items() if name in prepared and record.iteration]
-    jobs += [(name, rank, True) for name, rank in annotated.items() if name in prepared]
+    jobs = [(case, tested[name], False) for name, case in prepared[0].items() if record.iteration]
+    jobs += [(case, annotated[name], True) for name, case in prepared[1].items()]
     with Progress(console, "gallery", len(jobs)) as progress:
-        for done, (name, rank, labeled) in enumerate(jobs, 1):
-            case = prepared[name]
+        for done, (case, rank, labeled) in enumerate(jobs, 1):
             if labeled:
                 example = _annotated_example(networks, case, rank, record, given)
                 made.annotated.append(example)
                 if "reference" not in example.masks:
-                    made.notes.append(f"{name} has no label beside its annotated slice: nothing to compare with.")
+                    made.notes.append(f"{case.name} has no label beside its annotated slice: nothing to compare with.")
             else:
                 made.tested.append(_tested_example(networks, case, rank, record))
-            progress.update(done, name)
+            progress.update(done, case.name)
     return made
 
 
@@ -172,8 +168,8 @@ def _rank(place: int, total: int, measured: bool) -> str:
 def _prepared(
     dataset: str, folder: Path, names: Collection[str], settings: DataSettings
 ) -> dict[str, PreparedCase]:
-    cases = [case for case in find_cases(dataset, folder) if case.name in names]
-    return {case.name: case for case in prepare(cases, settings)}
+    cases = {case.name: case for case in find_cases(dataset, folder)}
+    return {case.name: case for case in prepare([cases[name] for name in names if name in cases], settings)}
 
 
 def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: Record) -> Example:
