@@ -288,7 +288,7 @@ def test_without_full_labels_nothing_is_compared(run, finished, tmp_path):
     (run / "cases.json").write_text(json.dumps(cases))
     page = _page(run, cases=1, data_dir=data)
     assert "Not measured: it has no full label." in page.text
-    assert "has no label beside its annotated slice: nothing to compare with." in page.text
+    assert "No label beside the annotated slice, so nothing to compare with: " in page.text
     assert "most uncertain" in page.text and "registration label and prediction differ most" in page.text
     assert "no annotated volume has a full label" in page.text
     drawn = [a["class"] for tag, a in page.tags if tag == "path" and a.get("class") == "reference"]

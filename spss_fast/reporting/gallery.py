@@ -142,11 +142,12 @@ def gallery(
             if labeled:
                 example = _annotated_example(networks, case, rank, record, given)
                 made.annotated.append(example)
-                if "reference" not in example.masks:
-                    made.notes.append(f"{case.name} has no label beside its annotated slice: nothing to compare with.")
             else:
                 made.tested.append(_tested_example(networks, case, rank, record))
             progress.update(done, case.name)
+    bare = [example.name for example in made.annotated if "reference" not in example.masks]
+    if bare:
+        made.notes.append(f"No label beside the annotated slice, so nothing to compare with: {', '.join(bare)}.")
     return made
 
 

@@ -57,13 +57,14 @@ def render(record: Record, gallery: Gallery) -> str:
 
 def _lead(record: Record) -> str:
     annotated, cases = len(record.cases["annotated"]), record.cases
-    test = len(cases["test"])
     state = "finished" if record.finished else "not finished"
     started = record.environment["started"][:16].replace("T", " ")
-    kind = "held-out test cases" if cases["held_out"] else "of them measured as test cases"
+    tested = f", {len(cases['test'])} held-out test cases" if cases["held_out"] else ""
+    if not cases["held_out"] and record.evaluation and not record.foreign:
+        tested = f", {len(record.evaluation)} of them measured as test cases"
     return (
         f"SPSS on {record.config.data.dataset}: {annotated} volumes with one annotated slice each, "
-        f"{len(cases['train']) - annotated} unlabelled, {test} {kind}. {record.reached} of "
+        f"{len(cases['train']) - annotated} unlabelled{tested}. {record.reached} of "
         f"{record.config.training.iterations} joint iterations, {state}. Started {started}."
     )
 
