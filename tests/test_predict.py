@@ -13,11 +13,12 @@ import SimpleITK as sitk
 import torch
 from rich.console import Console
 
-from spss_fast import metrics, predict
+from spss_fast import metrics, predict, prepare
 from spss_fast.config import resolve
-from spss_fast.data.geometry import Grid
+from spss_fast.data.geometry import Grid, to_image
 from spss_fast.data.images import read_grid
 from spss_fast.errors import UserError
+from tests.data.test_preparation import read_file_order, synthetic_ct
 from tests.data.writing import ball, write_image, write_la, write_series
 from tests.engine.thresholding import thresholding_weights, write_run
 
@@ -64,6 +65,33 @@ def test_real_ct_in_its_own_geometry(scans, tmp_path):
         # what is bright in the file is what was found: contrast-filled organs and bone
         hu = sitk.GetArrayFromImage(sitk.ReadImage(str(source)))
         assert np.median(hu[label == 1]) > np.median(hu[(label == 0) & (hu > -200)]) + 30
+
+
+def test_the_real_kits_label_maps(scans, tmp_path):
+    """All of them, each with a synthesised CT, thinned in plane for speed: measured, prepared, and segmented where they
+    lie, whatever their number of slices and spacing."""
+    labels = {path.parent.name: path for path in sorted(scans("kits19").glob("*/segmentation.nii.gz"))}
+    assert len(labels) == 6
+    for name, path in labels.items():
+        (tmp_path / "kits" / name).mkdir(parents=True)
+        thinned = sitk.ReadImage(str(path))[:, ::4, ::4]
+        sitk.WriteImage(thinned, str(tmp_path / "kits" / name / "segmentation.nii.gz"))
+        image = to_image(synthetic_ct(read_file_order(tmp_path / "kits" / name / "segmentation.nii.gz")),
+                         Grid.of(thinned))
+        sitk.WriteImage(image, str(tmp_path / "kits" / name / "imaging.nii.gz"))
+
+    found = prepare.prepare_folder(tmp_path / "kits", tmp_path / "kits.toml", console=Console(quiet=True),
+                                   flags={"cache_dir": str(tmp_path / "cache"), "workers": 1})
+    assert not found.unusable and {case.name for case in found.cases} == set(labels)
+    assert all(case.has_label and case.label().any() for case in found.cases)
+
+    run = write_run(tmp_path / "run", resolve("kits", SMALL | {"resample": (64, 64, 32)}), thresholding_weights(1.3))
+    summary = _predict(tmp_path / "kits", tmp_path / "out", run)
+    assert len(summary.written) == 6 and not summary.bad and not summary.empty
+    for source, path in summary.written.items():
+        assert _grid(path) == _grid(source)
+        kidneys = read_file_order(tmp_path / "kits" / source.parent.name / "segmentation.nii.gz") == 1
+        assert metrics.dice(read_file_order(path) > 0, kidneys) > 0.8
 
 
 def test_a_real_la_case_and_format(scans, run, tmp_path):
