@@ -9,6 +9,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from spss_fast.config import Config, resolve
 from spss_fast.data.sampling import Batch
-from spss_fast.engine.device import resolve_amp
+from spss_fast.engine.device import keep_freed_memory, resolve_amp
 from spss_fast.engine.registration import registration_steps
 from spss_fast.engine.step import State, joint_iteration
 from spss_fast.nets.vnet import VNet
@@ -47,17 +48,23 @@ def data(patch: tuple[int, int, int]) -> Batch:
 
 def iteration(provider: str, config: Config, device: str):
     """A function that runs one iteration and returns its losses."""
+    keep_freed_memory()  # as train does
     place, batch = torch.device(device), data(config.data.patch)
     # where the loader leaves them
     batch = replace(batch, **{name: getattr(batch, name).to(place) for name in ("image", "view1", "view2")})
     if provider == "spss_fast":
         state = State(config, place, resolve_amp(config.training.amp, place))
         return lambda: joint_iteration(state, batch).metrics
+    straightforward = imported_straightforward()
+    state = straightforward.to_plain(State(config, place, None))
+    return lambda: straightforward.joint_iteration(state, batch)
+
+
+def imported_straightforward() -> ModuleType:
     pytest.importorskip("cv2", reason="OpenCV comes with the bench extra")
     import straightforward
 
-    state = straightforward.to_contiguous(State(config, place, None))
-    return lambda: straightforward.joint_iteration(state, batch)
+    return straightforward
 
 
 @functools.cache
@@ -106,7 +113,10 @@ def bench_iteration(measure, device, preset, provider):
 def bench_registration(measure, device, preset, provider):
     place = torch.device(device)
     config = settings(preset)
-    state = State(config, place, resolve_amp("auto", place) if provider == "spss_fast" else None)
+    if provider == "spss_fast":
+        state = State(config, place, resolve_amp("auto", place))
+    else:
+        state = imported_straightforward().to_plain(State(config, place, None))
     volumes = data(config.data.patch).image[:, 0].to(place)
 
     def run():
@@ -133,6 +143,8 @@ def bench_network(measure, device, provider):
         network, amp = nets.VNet(in_channels=1, out_channels=2).to(device), None
     else:
         network, amp = VNet().to(device), None
+        if provider == "plain eager float32":
+            imported_straightforward().plain(network)
     if provider == "spss_fast":
         network, image = (x.to(memory_format=torch.channels_last_3d) for x in (network, image))
         amp = resolve_amp("auto", torch.device(device))

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import SimpleITK as sitk
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spss_fast.config import RegistrationSettings
@@ -20,15 +20,42 @@ from spss_fast.engine import selfpaced
 from spss_fast.engine.pseudo_labels import fuse, restore_annotation, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.engine.step import State, seed_for
-from spss_fast.nets.vnet import update_teacher
+from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.nets.vnet import VNet, update_teacher
 from spss_fast.ops import backend
 from spss_fast.ops.losses import reference_masked_ce_dice, reference_weighted_ce_dice
 
 
-def to_contiguous(state: State) -> State:
-    """The networks in torch's default memory format, and in float32."""
+def plain(network: nn.Module) -> nn.Module:
+    """``network``, a V-Net or a registration net, of nothing but PyTorch's layers, in its default memory format."""
+    if isinstance(network, VNet):
+        first = network.block_one.conv[0]
+        network.block_one.conv[0] = nn.Conv3d(first.in_channels, first.out_channels, 3, padding=1)
+        network.block_one.conv[0].weight, network.block_one.conv[0].bias = first.weight, first.bias
+    else:
+        network.__class__ = _PlainRegistrationNet
+    return network.to(memory_format=torch.contiguous_format)
+
+
+class _PlainRegistrationNet(RegistrationNet):
+    """Upsample, concatenate, convolve."""
+
+    def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
+        levels = [torch.cat([moving, fixed], 1)]
+        for block in self.enc:
+            levels.append(block(levels[-1]))
+        x = levels.pop()
+        for block in self.dec[:3]:
+            x = torch.cat([F.interpolate(block(x), scale_factor=2), levels.pop()], 1)
+        x = self.dec[4](self.dec[3](x))
+        x = torch.cat([F.interpolate(x, scale_factor=2), levels.pop()], 1)
+        return self.flow(self.vm2_conv(self.dec[5](x)))
+
+
+def to_plain(state: State) -> State:
+    """Its networks plain, and in float32."""
     for network in (state.student, state.teacher, state.registration):
-        network.to(memory_format=torch.contiguous_format)
+        plain(network)
     state.amp = None
     return state
 

@@ -19,7 +19,7 @@ from spss_fast.data.dataset import Dataset, load
 from spss_fast.data.loader import batches, resolve_loader
 from spss_fast.data.sampling import Batch, Sampler
 from spss_fast.engine import checkpoint
-from spss_fast.engine.device import determinism, peak_memory, resolve_amp, resolve_device
+from spss_fast.engine.device import determinism, keep_freed_memory, peak_memory, resolve_amp, resolve_device
 from spss_fast.engine.evaluation import dice_line, evaluate_labels, write_metrics
 from spss_fast.engine.inference import refresh_batch_norm
 from spss_fast.engine.preview import save_preview
@@ -57,6 +57,7 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         folder.refuse_if_used()
     device = resolve_device(config.training.device)
     amp = resolve_amp(config.training.amp, device)
+    keep_freed_memory()
     loader = resolve_loader(config.data.loader, device)
     # evaluation prepares its scans by the run's settings, so they name the plane that was annotated
     config = replace(config, data=replace(config.data, plane=annotated_plane(config.data)))

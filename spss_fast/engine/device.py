@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import platform
 import sys
 from collections.abc import Iterator
 
@@ -54,6 +56,19 @@ def peak_memory(device: torch.device) -> int | None:
     except ModuleNotFoundError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that tensors on the CPU free, for those that follow.
+
+    PyTorch leaves them to the C library, which gives large blocks back to the system and gets them again page by page.
+    One iteration allocates what the last one did, so it need not. Only glibc is told; elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)
 
 
 @contextlib.contextmanager

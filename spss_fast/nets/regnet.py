@@ -11,7 +11,23 @@ from torch.nn import functional as F
 
 
 def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, 1), nn.LeakyReLU(0.2))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, 1), nn.LeakyReLU(0.2, inplace=True))
+
+
+def _up(block: nn.Sequential, x: Tensor, skip: Tensor) -> Tensor:
+    """``block`` of ``x`` upsampled to the sides of ``skip`` (nearest) and ``skip`` beside it.
+
+    Doubling, then a 3x3 kernel, is one transposed convolution of stride 2: its 4x4 kernel holds the sums of the taps
+    that read the same coarse pixel, 4 to an output in place of 9. So neither the upsampled map nor the concatenation is
+    ever made.
+    """
+    convolution, activation = block
+    if skip.shape[2:] != torch.Size(2 * side for side in x.shape[2:]):  # the sides are no multiples of 16
+        return block(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))
+    coarse, fine = convolution.weight.tensor_split([x.shape[1]], 1)
+    kernel = F.avg_pool2d(coarse.flip(2, 3).transpose(0, 1), 2, 1, 1, divisor_override=1)
+    upsampled = F.conv_transpose2d(x, kernel, stride=2, padding=1)
+    return activation(upsampled + F.conv2d(skip, fine, convolution.bias, padding=1))
 
 
 class RegistrationNet(nn.Module):
@@ -37,11 +53,8 @@ class RegistrationNet(nn.Module):
         levels = [torch.cat([moving, fixed], 1)]
         for block in self.enc:
             levels.append(block(levels[-1]))
-        x = levels.pop()
-        for block in self.dec[:3]:
-            skip = levels.pop()
-            x = torch.cat([F.interpolate(block(x), size=skip.shape[2:]), skip], 1)
-        x = self.dec[4](self.dec[3](x))
-        skip = levels.pop()
-        x = torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1)
-        return self.flow(self.vm2_conv(self.dec[5](x)))
+        x = self.dec[0](levels.pop())
+        for block in self.dec[1:4]:
+            x = _up(block, x, levels.pop())
+        x = _up(self.dec[5], self.dec[4](x), levels.pop())
+        return self.flow(self.vm2_conv(x))

@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from spss_fast.nets import vnet
+from spss_fast.nets import regnet, vnet
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
 from spss_fast.ops import backend
@@ -79,6 +80,22 @@ def test_bfloat16_gradients_of_small_bottlenecks(sides):
     torch.testing.assert_close(convolution.weight.grad.double() / scale, exact.weight.grad / scale, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("depth", [8, 7])
+def test_the_first_convolution_is_a_convolution(depth):
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 6, 5, depth, dtype=torch.float64, requires_grad=True)
+    ours = vnet._FirstConvolution(1, 4, 3, padding=1, dtype=torch.float64)
+    same_with_gradients(ours(x), F.conv3d(x, ours.weight, ours.bias, padding=1), [x, *ours.parameters()])
+
+
+def same_with_gradients(actual, expected, leaves):
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    results = (torch.autograd.grad(y, leaves, upstream) for y in (actual, expected))
+    for gradient, definition in zip(*results):
+        torch.testing.assert_close(gradient, definition)
+
+
 @pytest.mark.parametrize("amp, factor", [(None, 3), (torch.bfloat16, 1.1)])
 def test_gradients_are_as_near_to_float64s_as_plain_pytorchs(amp, factor):
     """Channels last and on our operators against contiguous and on torch's own. Rounding flips ReLUs, so each layer's
@@ -109,6 +126,16 @@ def test_registration_net_output(vectors):
     network = RegistrationNet()
     network.load_state_dict(_parameters(archive))
     torch.testing.assert_close(network(archive["moving"], archive["fixed"]), archive["flow"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(8, 12), (7, 10)])
+def test_registration_net_upsamples_and_concatenates(sides):
+    torch.manual_seed(0)
+    block = regnet._block(3 + 2, 4).double()
+    x, skip = torch.randn(2, 3, 4, 6, dtype=torch.float64), torch.randn(2, 2, *sides, dtype=torch.float64)
+    x.requires_grad_(), skip.requires_grad_()
+    expected = block(torch.cat([F.interpolate(x, size=sides), skip], 1))
+    same_with_gradients(regnet._up(block, x, skip), expected, [x, skip, *block.parameters()])
 
 
 def test_teacher_is_the_moving_average_of_parameters_only():
