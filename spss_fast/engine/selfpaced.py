@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spss_fast.config import SelectionSettings
+from spss_fast.ops.uncertainty import accumulate_softmax
 
 
 def ramp(iteration: int, settings: SelectionSettings) -> float:
@@ -46,6 +47,22 @@ def fusion_weight(progress: float, final: float, power: float) -> float:
 def clipped_noise(x: Tensor, settings: SelectionSettings) -> Tensor:
     """``x`` plus fresh N(0, 0.1) clipped to +-0.2."""
     return x + (torch.randn_like(x) * settings.noise).clamp_(-settings.noise_clip, settings.noise_clip)
+
+
+@torch.no_grad()
+def monte_carlo(
+    teacher: nn.Module, mixed: Tensor, classes: int, settings: SelectionSettings, amp: torch.dtype | None
+) -> Tensor:
+    """Sum of the softmax of T passes of ``teacher``, in training mode, over ``mixed`` (B, 1, h, w, d), each with fresh
+    noise and dropout and under autocast to ``amp``: float32 (B, C = ``classes``, h, w, d), channels last."""
+    total = torch.zeros(len(mixed), classes, *mixed.shape[2:], device=mixed.device).contiguous(
+        memory_format=torch.channels_last_3d
+    )
+    for _ in range(settings.passes):
+        with torch.autocast(mixed.device.type, amp, enabled=amp is not None):
+            logits = teacher(clipped_noise(mixed, settings))
+        accumulate_softmax(total, logits)
+    return total
 
 
 @dataclass(frozen=True)

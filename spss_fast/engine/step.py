@@ -21,7 +21,7 @@ from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
 from spss_fast.ops.contrastive import contrastive_loss
 from spss_fast.ops.losses import masked_ce_dice, weighted_ce_dice
-from spss_fast.ops.uncertainty import accumulate_softmax, uncertainty_mask
+from spss_fast.ops.uncertainty import uncertainty_mask
 
 
 @dataclass
@@ -40,6 +40,8 @@ class State:
     registration_scaler: torch.amp.GradScaler = field(init=False)
     # (volumes, labels or None) -> loss: all steps of `registration_steps`, on a GPU in one launch
     registration_steps: Callable[[Tensor, Tensor | None], Tensor] = field(init=False)
+    # m -> sum of the teacher's softmax: all its passes, on a GPU in one launch
+    monte_carlo: Callable[[Tensor], Tensor] = field(init=False)
     epoch: int = 0  # of stage 1
     iteration: int = 0  # t, of stage 2
     average: optimizers.Average = field(init=False)  # how the teacher follows the student
@@ -62,7 +64,9 @@ class State:
         self.scaler, self.registration_scaler = (
             torch.amp.GradScaler(self.device.type, enabled=scaled) for _ in range(2)
         )
-        self.registration_steps = self._registration_steps
+        self.registration_steps, self.monte_carlo = self._registration_steps, self._monte_carlo
+        if self.device.type == "cuda":
+            self.monte_carlo = Replayed(self._monte_carlo)
         # gradient scaling decides on the host whether to step, and apex's Adam counts its steps there
         if self.device.type == "cuda" and not scaled and training.optimizer == "torch":
             self.registration_steps = Replayed(self._registration_steps)
@@ -72,6 +76,10 @@ class State:
         return registration_steps(
             self.registration, self.adam, volumes, labels, self.config.registration, self.amp, self.registration_scaler
         )
+
+    def _monte_carlo(self, mixed: Tensor) -> Tensor:
+        config = self.config
+        return selfpaced.monte_carlo(self.teacher, mixed, config.data.class_count, config.selection, self.amp)
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the segmentation networks; losses take their outputs in float32."""
@@ -149,13 +157,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
 
     # 4. SU: Monte-Carlo entropy, and the K least uncertain voxels of the batch
     with phase("teacher"), torch.no_grad():
-        total = torch.zeros(len(image), classes, *image.shape[2:], device=state.device).contiguous(
-            memory_format=torch.channels_last_3d
-        )
-        for _ in range(selection.passes):
-            with state.autocast():
-                logits = state.teacher(selfpaced.clipped_noise(mixed, selection))
-            accumulate_softmax(total, logits)
+        total = state.monte_carlo(mixed)
         weight = selfpaced.ramp(t, selection)
         epoch = t // max(1, config.data.n_labeled // training.batch_labeled)
         lam = selfpaced.threshold(epoch, selection)

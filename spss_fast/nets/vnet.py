@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from spss_fast.ops.norm import batch_norm_relu
 
 
-def _norm_relu(x: Tensor, norm: nn.BatchNorm3d, skip: Tensor | None = None) -> Tensor:
-    """``relu(norm(x)) + skip``, moving the running statistics as ``norm`` itself would."""
+def _layer(
+    convolution: nn.Conv3d | nn.ConvTranspose3d, norm: nn.BatchNorm3d, x: Tensor, skip: Tensor | None = None
+) -> Tensor:
+    """``relu(norm(convolution(x))) + skip``, moving the running statistics as ``norm`` itself would."""
     if torch.compiler.is_exporting():  # plain operators: an exported network runs where this package is not
-        y = F.relu(norm(x))
+        y = F.relu(norm(convolution(x)))
         return y if skip is None else y + skip
     momentum = norm.momentum
     if norm.training:
@@ -27,18 +29,25 @@ def _norm_relu(x: Tensor, norm: nn.BatchNorm3d, skip: Tensor | None = None) -> T
         if momentum is None:  # a cumulative average
             momentum = 1 / float(norm.num_batches_tracked)
     return batch_norm_relu(
-        x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum, norm.eps, skip
+        _convolve(convolution, x), norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum,
+        norm.eps, skip, convolution.bias,
     )
 
 
-def _convolve(convolution: nn.Conv3d, x: Tensor) -> Tensor:
-    """``convolution(x)``, in float32 where torch (2.13, CPU) errs in bfloat16: the weight gradient of the outer taps is
-    left unwritten along an axis of one voxel, where they meet nothing but padding, and is wrong, or NaN, along a first
-    axis of two; either was seen on one kind of CPU."""
-    if x.device.type == "cpu" and not torch.compiler.is_exporting() and (1 in x.shape[2:] or x.shape[2] == 2):
+def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
+    """``convolution(x)`` without its bias, which goes to the norm that follows: a GPU would add it in a pass over the
+    feature map of its own, to a mean that is then taken off.
+
+    In float32 where torch (2.13, CPU) errs in bfloat16: the weight gradient of the outer taps is left unwritten along
+    an axis of one voxel, where they meet nothing but padding, and is wrong, or NaN, along a first axis of two; either
+    was seen on one kind of CPU.
+    """
+    if isinstance(convolution, nn.ConvTranspose3d):
+        return F.conv_transpose3d(x, convolution.weight, stride=convolution.stride)
+    if x.device.type == "cpu" and 3 in convolution.kernel_size and (1 in x.shape[2:] or x.shape[2] == 2):
         with torch.autocast("cpu", enabled=False):
-            return convolution(x.float())
-    return convolution(x)
+            return convolution._conv_forward(x.float(), convolution.weight, None)
+    return convolution._conv_forward(x, convolution.weight, None)
 
 
 class _FirstConvolution(nn.Conv3d):
@@ -48,15 +57,15 @@ class _FirstConvolution(nn.Conv3d):
     with zero, but one channel alone fills no vector: oneDNN takes twice as long.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or x.shape[-1] % 2 or torch.compiler.is_exporting():
-            return super().forward(x)
-        weight = self.weight[:, 0]
+            return super()._conv_forward(x, weight, bias)
+        weight = weight[:, 0]
         # the four taps that an output of either place in its pair lays over the four inputs
         taps = torch.stack([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))])
         weight = taps.unflatten(-1, (2, 2)).movedim(-1, 2).flatten(0, 1)
         pairs = F.pad(x[:, 0], (1, 1)).unflatten(-1, (-1, 2)).movedim(-1, 1)
-        y = F.conv3d(pairs, weight, self.bias.repeat(2), padding=(1, 1, 0))
+        y = F.conv3d(pairs, weight, None if bias is None else bias.repeat(2), padding=(1, 1, 0))
         return y.unflatten(1, (2, -1)).movedim(1, -1).flatten(-2)
 
 
@@ -74,7 +83,7 @@ class _Convolutions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for convolution, norm in zip(self.conv[::3], self.conv[1::3]):
-            x = _norm_relu(_convolve(convolution, x), norm)
+            x = _layer(convolution, norm, x)
         return x
 
 
@@ -87,7 +96,7 @@ class _Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convolution, norm, _ = self.conv
-        return _norm_relu(convolution(x), norm)
+        return _layer(convolution, norm, x)
 
 
 class _Up(nn.Module):
@@ -99,7 +108,7 @@ class _Up(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         convolution, norm, _ = self.conv
-        return _norm_relu(convolution(x), norm, skip)
+        return _layer(convolution, norm, x, skip)
 
 
 @dataclass

@@ -32,7 +32,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "uncertainty": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
-    "norm": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
+    "norm": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
 }
 # public operator -> the torch.ops.spss_fast.* it is made of; kernels/<operator>.py has Triton functions of these names
 PARTS: dict[str, tuple[str, ...]] = {

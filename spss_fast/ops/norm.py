@@ -1,6 +1,6 @@
 """Batch norm, ReLU and a skip connection's addition in one operator: what follows each convolution of the V-Net.
 
-    y = max(0, weight (x - mean) / sqrt(variance + eps) + bias) [+ skip]
+    y = max(0, weight (x [+ offset] - mean) / sqrt(variance + eps) + bias) [+ skip]
 
 with each channel's mean and biased variance, over the batch in training and the running ones else. Source: Ioffe &
 Szegedy, "Batch Normalization", ICML 2015. Torch's own operators, one after the other, read and write every feature map
@@ -18,7 +18,7 @@ from spss_fast.ops import backends, checks
 
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool,
-    momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None,
+    momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:
     """The definition of :func:`batch_norm_relu` with torch's own operators."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
@@ -26,15 +26,20 @@ def reference(
         x = x.contiguous()  # torch sums a strided half-precision tensor less exactly on the CPU
     # torch 2.13's CPU backward misreads a strided weight of a tensor with one voxel a volume
     weight, bias = weight.contiguous(), bias.contiguous()
-    y = F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))
+    # x + offset about the mean is x about the mean without it
+    mean = running_mean if offset is None else running_mean - offset.detach()
+    y = F.relu(F.batch_norm(x, mean, running_var, weight, bias, training, momentum, eps))
+    if training and offset is not None:
+        with torch.no_grad():
+            running_mean.copy_(mean + offset)
     return y if skip is None else y + skip
 
 
 def batch_norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool,
-    momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None,
+    momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:
-    """``relu(batch_norm(x)) + skip``, differentiable in x, weight, bias and skip.
+    """``relu(batch_norm(x + offset)) + skip``, differentiable in x, weight, bias and skip.
 
     Args:
         x: (B, C, *spatial), floating; read in place if contiguous or channels last; half types are computed in float32.
@@ -44,6 +49,9 @@ def batch_norm_relu(
         momentum: the share of the batch's statistics in the new running ones.
         eps: added to the variance.
         skip: of x's shape and dtype, added to the result; None for nothing.
+        offset: (C,), of the compute type, such as a convolution's bias; None for nothing. In training the batch's mean
+            takes it off again: it costs no pass over x, moves the running mean, and has no gradient (in inference
+            neither).
 
     Returns:
         Of x's shape, dtype and memory format. Deterministic. The gradient is once differentiable.
@@ -62,16 +70,21 @@ def batch_norm_relu(
     if skip is not None:
         checks.is_tensor("skip", skip, x.dtype)
         checks.has_shape("skip", skip, x.shape, "x", x)
+    if offset is not None:
+        checks.is_tensor("offset", offset, compute)
+        checks.has_shape("offset", offset, (x.shape[1],), "x", x)
     count = x.numel() // x.shape[1]
     if training and count == 1:
         raise ValueError(f"x must have more than one value per channel in training, not shape {tuple(x.shape)}")
     if backends.use_reference("norm", x):
-        return reference(x, weight, bias, running_mean, running_var, training, momentum, eps, skip)
+        return reference(x, weight, bias, running_mean, running_var, training, momentum, eps, skip, offset)
     statistics = (None, None) if training else (running_mean, running_var)
+    if offset is not None and not training:
+        statistics = running_mean - offset.detach(), running_var
     y, mean, variance = torch.ops.spss_fast.batch_norm_relu(x, weight, bias, skip, *statistics, eps)
     if training and count:
         with torch.no_grad():
-            running_mean.lerp_(mean, momentum)
+            running_mean.lerp_(mean if offset is None else mean + offset, momentum)
             running_var.lerp_(variance * (count / (count - 1)), momentum)  # unbiased, as torch keeps it
     return y
 

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 
-from spss_fast.config import RegistrationSettings, resolve
+from spss_fast.config import RegistrationSettings, SelectionSettings, resolve
 from spss_fast.engine import checkpoint
 from spss_fast.engine.graphs import Recording, Replayed
 from spss_fast.engine.registration import registration_steps
+from spss_fast.engine.selfpaced import monte_carlo
 from spss_fast.engine.step import State
 from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.nets.vnet import VNet
 
 
 class StandIn:
@@ -83,5 +85,31 @@ def test_registration_replayed_is_registration(amp, monkeypatch):
             losses.append(run(volumes + call, labels if call % 2 else None))
         outcomes.append([*map(float, losses), *(parameter.detach().cpu() for parameter in network.parameters())])
     assert len(outcomes[0]) > 6
+    for actual, expected in zip(*outcomes):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_monte_carlo_passes_replayed_are_the_passes(amp, monkeypatch):
+    """Four calls, of which three are replays, with weights that move in between: the same bits, noise and dropout."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    settings, outcomes = SelectionSettings(passes=3), []
+    layout = {"memory_format": torch.channels_last_3d}
+    mixed = torch.randn(2, 1, 32, 32, 16, device="cuda").contiguous(**layout)
+    for replay in (False, True):
+        torch.manual_seed(0)
+        teacher = VNet(filters=4).cuda().to(**layout).requires_grad_(False)
+
+        def passes(mixed, teacher=teacher):
+            return monte_carlo(teacher, mixed, 2, settings, amp)
+
+        run, sums = Replayed(passes) if replay else passes, []
+        for call in range(4):
+            torch.manual_seed(call)
+            sums.append(run(mixed + call))
+            teacher.out_conv.bias += 0.1
+        outcomes.append([*sums, *teacher.buffers()])
+    assert not torch.equal(*outcomes[0][:2])
     for actual, expected in zip(*outcomes):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)

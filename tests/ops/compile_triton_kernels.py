@@ -49,7 +49,7 @@ def any_prototypes(logits, k):
 
 def main():
     JITFunction.run = compile_instead
-    from spss_fast.kernels import contrastive, losses, uncertainty, warp
+    from spss_fast.kernels import contrastive, losses, norm, uncertainty, warp
 
     # The last is one voxel, so that every number that can be 1 is.
     for dtype, voxels in ((torch.float32, (2, 6, 6, 6)), (torch.bfloat16, (2, 6, 6, 6)), (torch.float32, (1, 1))):
@@ -71,6 +71,13 @@ def main():
             )
         contrastive.select_prototypes = select
         uncertainty.uncertainty_mask(total, 8 if voxels[0] > 1 else 1, torch.tensor(4))
+    for dtype, channels, sides in ((torch.bfloat16, 16, (6, 6, 6)), (torch.float64, 3, (7,)), (torch.float32, 1, (1,))):
+        maps = torch.zeros(2, channels, *sides, dtype=dtype)
+        maps = maps.contiguous(memory_format=torch.channels_last_3d) if len(sides) == 3 else maps
+        wide = torch.zeros(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for skip, mean in ((maps, None), (None, wide)):
+            norm.batch_norm_relu(maps, wide, wide, skip, mean, mean, 1e-5)
+            norm.batch_norm_relu_backward(maps, maps, wide, wide, wide, wide, 1e-5, mean is None)
     for channels, sides in ((2, (6, 6, 6)), (2, (6, 6)), (1, (1, 1, 1))):
         image, shift = torch.zeros(2, channels, *sides), torch.zeros(2, len(sides), *sides)
         for mode, padding in (("bilinear", "zeros"), ("nearest", "border")):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from spss_fast.ops import batch_norm_relu
+from spss_fast.ops import backend, batch_norm_relu
+from spss_fast.ops.backends import available
 
 
 def parameters(channels, dtype=torch.float32):
@@ -25,6 +26,24 @@ def test_is_torchs_module_with_relu_and_moves_its_running_statistics():
     torch.testing.assert_close(variance, norm.running_var)
 
 
+def test_an_offset_is_a_convolutions_bias():
+    torch.manual_seed(0)
+    convolution, norm = nn.Conv3d(2, 6, 3), nn.BatchNorm3d(6)
+    convolution.bias.data *= 10
+    x = torch.randn(3, 2, 6, 5, 6)
+    for training in (True, False):
+        norm.train(training)
+        mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+        expected = F.relu(norm(convolution(x)))
+        without = F.conv3d(x, convolution.weight)
+        actual = batch_norm_relu(
+            without, norm.weight, norm.bias, mean, variance, training, offset=convolution.bias
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mean, norm.running_mean)
+        torch.testing.assert_close(variance, norm.running_var)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
 def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
     torch.manual_seed(0)
@@ -35,6 +54,25 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
     torch.testing.assert_close(variance.double(), wide.var(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(mean.double(), wide.mean(1), rtol=1e-7, atol=0)
     assert y.is_contiguous(memory_format=memory_format)
+
+
+def test_triton_programs_that_add_up_several_tiles(monkeypatch):
+    if "triton" not in available("norm", "cpu"):
+        pytest.skip("Triton's interpreter is off, or Triton is not installed")
+    from spss_fast.kernels import norm as kernels
+
+    monkeypatch.setattr(kernels, "TILE", 64)
+    monkeypatch.setattr(kernels, "PROGRAMS", 6)  # 3 a volume: 8 tiles of 16 voxels each, the last of all in part
+    torch.manual_seed(0)
+    x = 3 + torch.randn(2, 3, 9, 13, 3, dtype=torch.float64)
+    results = []
+    for name in ("triton", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (x, *parameters(3, torch.float64)[:2])]
+        with backend(name):
+            y = batch_norm_relu(*leaves, *parameters(3, torch.float64)[2:], True)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_nan_passes_through_the_relu():
@@ -53,6 +91,7 @@ def test_nan_passes_through_the_relu():
     (dict(skip=torch.zeros(2, 3, 5)), ValueError, "^skip must be of shape"),
     (dict(skip=torch.zeros(2, 3, 4, dtype=torch.bfloat16)), TypeError, "^skip must be float32"),
     (dict(bias=None), TypeError, "^bias must be a tensor"),
+    (dict(offset=torch.zeros(2)), ValueError, r"^offset must be of shape \(3,\)"),
 ])
 def test_errors(change, error, message):
     names = ("weight", "bias", "running_mean", "running_var")

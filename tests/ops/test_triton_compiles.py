@@ -11,6 +11,7 @@ import pytest
 KERNELS = {
     "contrastive": ("_confidence", "_loss"),
     "losses": ("_forward", "_backward"),
+    "norm": ("_moments", "_statistics", "_apply", "_add_gradients", "_gradients", "_input_gradient"),
     "uncertainty": ("_accumulate", "_entropy", "_next_digit", "_count_equals", "_mask"),
     "warp": ("_forward", "_backward"),
 }

@@ -1,0 +1,260 @@
+"""Batch norm, ReLU and a skip connection's addition in Triton: two passes over memory forward, and two backward.
+
+The functions have the signatures of ``torch.ops.spss_fast.*``: spss_fast/ops/norm.py. A tile is rows of voxels times
+columns of channels, which suits channels last and contiguous tensors alike. A program adds its tiles up place by place
+in the compute type, about a value of the channel itself so that no digits cancel; sums over programs are float64, in a
+fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from spss_fast.kernels.planes import merge
+from torch import Tensor
+
+from spss_fast.ops import checks
+
+TILE = 2048  # elements
+PROGRAMS = 1024  # that share a sum
+COLUMNS = 64  # most channels of a tile
+
+
+@triton.jit
+def _tile(chunk, voxels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a tile, its channels, and which of both there are."""
+    row = chunk * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    return row, c, (row < voxels)[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
+def _at(batch, row, c, stride_b, stride_c, stride_v):
+    return batch * stride_b + row[:, None] * stride_v + c.to(tl.int64)[None, :] * stride_c
+
+
+@triton.jit
+def _normalised(value, c, channels, weight, bias, mean, variance, eps: tl.constexpr):
+    """(x - mean), weight / deviation, and weight (x - mean) / deviation + bias."""
+    has = c < channels
+    scale = tl.load(weight + c, has, 0.0) / tl.sqrt(tl.load(variance + c, has, 1.0) + eps)
+    about_mean = value - tl.load(mean + c, has, 0.0)[None, :]
+    return about_mean, scale[None, :], about_mean * scale[None, :] + tl.load(bias + c, has, 0.0)[None, :]
+
+
+@triton.jit
+def _store_sums(partial, first, second, chunk, batch, c, channels):
+    out = partial + (batch * tl.num_programs(0) + chunk) * 2 * channels + c
+    tl.store(out, tl.sum(first, 0), c < channels)
+    tl.store(out + channels, tl.sum(second, 0), c < channels)
+
+
+@triton.jit
+def _add_up(partial, parts, c, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    first = tl.zeros([ROWS, COLUMNS], tl.float64)
+    second = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for start in range(0, parts, ROWS):
+        part = start + tl.arange(0, ROWS)
+        inside = (part < parts)[:, None] & (c < channels)[None, :]
+        at = partial + part.to(tl.int64)[:, None] * 2 * channels + c[None, :]
+        first += tl.load(at, inside, 0.0).to(tl.float64)
+        second += tl.load(at + channels, inside, 0.0).to(tl.float64)
+    return tl.sum(first, 0), tl.sum(second, 0)
+
+
+@triton.jit
+def _moments(
+    x, partial, voxels, channels, tiles, x_b, x_c, x_v, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Sums of x and of its square, about the channel's first value."""
+    chunk, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first = tl.zeros([ROWS, COLUMNS], WIDE)
+    second = tl.zeros([ROWS, COLUMNS], WIDE)
+    c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    center = tl.load(x + c.to(tl.int64) * x_c, c < channels, 0.0).to(WIDE)
+    for tile in range(tiles):
+        row, c, inside = _tile(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
+        value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+        d = tl.where(inside, value - center[None, :], 0.0)
+        first += d
+        second += d * d
+    _store_sums(partial, first, second, chunk, batch, c, channels)
+
+
+@triton.jit
+def _statistics(
+    x, partial, mean, variance, parts, channels, count, x_c, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first, second = _add_up(partial, parts, c, channels, ROWS, COLUMNS)
+    center = tl.load(x + c.to(tl.int64) * x_c, c < channels, 0.0).to(WIDE)
+    shift = first / tl.cast(count, tl.float64)
+    spread = second / tl.cast(count, tl.float64) - shift * shift
+    tl.store(mean + c, (center.to(tl.float64) + shift).to(WIDE), c < channels)
+    tl.store(variance + c, tl.where(spread < 0, 0.0, spread).to(WIDE), c < channels)
+
+
+@triton.jit
+def _apply(
+    x, skip, y, weight, bias, mean, variance, voxels, channels, x_b, x_c, x_v, skip_b, skip_c, skip_v, y_b, y_c, y_v,
+    eps: tl.constexpr, WITH_SKIP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    row, c, inside = _tile(tl.program_id(0).to(tl.int64), voxels, channels, ROWS, COLUMNS)
+    value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+    _, _, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
+    z = tl.where(z < 0, 0.0, z)  # NaN stays NaN
+    if WITH_SKIP:
+        z += tl.load(skip + _at(batch, row, c, skip_b, skip_c, skip_v), inside, 0.0).to(WIDE)
+    tl.store(y + _at(batch, row, c, y_b, y_c, y_v), z.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _add_gradients(
+    grad, x, partial, weight, bias, mean, variance, voxels, channels, tiles, grad_b, grad_c, grad_v, x_b, x_c, x_v,
+    eps: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Sums of the gradient behind the ReLU, and of its product with x about the mean."""
+    chunk, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first = tl.zeros([ROWS, COLUMNS], WIDE)
+    second = tl.zeros([ROWS, COLUMNS], WIDE)
+    c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    for tile in range(tiles):
+        row, c, inside = _tile(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
+        value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+        about_mean, _, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
+        g = tl.load(grad + _at(batch, row, c, grad_b, grad_c, grad_v), inside, 0.0).to(WIDE)
+        g = tl.where(inside & (z > 0), g, 0.0)
+        first += g
+        second += tl.where(inside, g * about_mean, 0.0)
+    _store_sums(partial, first, second, chunk, batch, c, channels)
+
+
+@triton.jit
+def _gradients(
+    partial, variance, dweight, dbias, slopes, parts, channels, count, eps: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Gradients of weight and bias, and what the batch's statistics take from x's: a and b of ``_input_gradient``."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    has = c < channels
+    first, second = _add_up(partial, parts, c, channels, ROWS, COLUMNS)
+    squared = tl.load(variance + c, has, 1.0).to(tl.float64) + eps
+    tl.store(dbias + c, first.to(WIDE), has)
+    tl.store(dweight + c, (second / tl.sqrt(squared)).to(WIDE), has)
+    if BATCH_STATISTICS:
+        count = tl.cast(count, tl.float64)
+        tl.store(slopes + c, (first / count).to(WIDE), has)
+        tl.store(slopes + channels + c, (second / squared / count).to(WIDE), has)
+
+
+@triton.jit
+def _input_gradient(
+    grad, x, dx, weight, bias, mean, variance, slopes, voxels, channels, grad_b, grad_c, grad_v, x_b, x_c, x_v,
+    dx_b, dx_c, dx_v, eps: tl.constexpr, BATCH_STATISTICS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx = scale (g - a - b (x - mean))."""
+    batch = tl.program_id(1).to(tl.int64)
+    row, c, inside = _tile(tl.program_id(0).to(tl.int64), voxels, channels, ROWS, COLUMNS)
+    value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+    about_mean, scale, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
+    g = tl.load(grad + _at(batch, row, c, grad_b, grad_c, grad_v), inside, 0.0).to(WIDE)
+    g = tl.where(z > 0, g, 0.0)
+    if BATCH_STATISTICS:
+        a = tl.load(slopes + c, c < channels, 0.0)
+        b = tl.load(slopes + channels + c, c < channels, 0.0)
+        g -= a[None, :] + b[None, :] * about_mean
+    tl.store(dx + _at(batch, row, c, dx_b, dx_c, dx_v), (scale * g).to(dx.dtype.element_ty), inside)
+
+
+def _check(x, weight, bias, **others: Tensor | None) -> None:
+    checks.has_channels("x", x)
+    for name, value in {"weight": weight, "bias": bias, **others}.items():
+        if value is not None:
+            shape = x.shape if name in ("skip", "grad") else (x.shape[1],)
+            checks.has_shape(name, value, shape, "x", x)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` with spatial axes that merge: as it is if contiguous or channels last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return x if x.is_contiguous(memory_format=last) else x.contiguous()
+
+
+class _Launch:
+    """What all kernels of a call have in common."""
+
+    def __init__(self, x: Tensor) -> None:
+        batch, self.channels, self.voxels = x.shape
+        self.count = batch * self.voxels
+        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        columns = min(COLUMNS, triton.next_power_of_2(self.channels))
+        rows = TILE // columns
+        tiles = triton.cdiv(self.voxels, rows)
+        blocks = triton.cdiv(self.channels, columns)
+        self.tiles = triton.cdiv(tiles, max(1, PROGRAMS // batch))  # of one program where programs share a sum
+        self.sums = triton.cdiv(tiles, self.tiles), batch, blocks
+        self.parts = self.sums[0] * batch
+        self.each, self.blocks = (tiles, batch, blocks), (blocks,)
+        self.shape = {"WIDE": tl.float64 if self.wide == torch.float64 else tl.float32, "ROWS": rows,
+                      "COLUMNS": columns}
+        self.partial = torch.empty(self.parts, 2, self.channels, dtype=self.wide, device=x.device)
+
+
+def batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None, mean: Tensor | None, variance: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, skip=skip, mean=mean, variance=variance)
+    x = _dense(x)
+    y = torch.empty_like(x)
+    source, target = merge(x), merge(y)
+    if not x.numel():
+        empty = torch.zeros_like(weight)
+        return y, empty if mean is None else mean.clone(), empty.clone() if variance is None else variance.clone()
+    run = _Launch(source)
+    if mean is None:
+        mean, variance = (torch.empty(run.channels, dtype=run.wide, device=x.device) for _ in range(2))
+        _moments[run.sums](source, run.partial, run.voxels, run.channels, run.tiles, *source.stride(), **run.shape)
+        _statistics[run.blocks](
+            source, run.partial, mean, variance, run.parts, run.channels, run.count, source.stride(1), **run.shape
+        )
+    else:
+        mean, variance = mean.contiguous().clone(), variance.contiguous().clone()
+    added = source if skip is None else merge(skip)
+    _apply[run.each](
+        source, added, target, weight.contiguous(), bias.contiguous(), mean, variance, run.voxels, run.channels,
+        *source.stride(), *added.stride(), *target.stride(), eps=eps, WITH_SKIP=skip is not None, **run.shape,
+    )
+    return y, mean, variance
+
+
+def batch_norm_relu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float,
+    batch_statistics: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, grad=grad, mean=mean, variance=variance)
+    x = _dense(x)
+    dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    if not x.numel():
+        return dx, dweight, dbias
+    source, upstream, target = merge(x), merge(grad), merge(dx)
+    run = _Launch(source)
+    weight, bias, mean, variance = (t.contiguous() for t in (weight, bias, mean, variance))
+    _add_gradients[run.sums](
+        upstream, source, run.partial, weight, bias, mean, variance, run.voxels, run.channels, run.tiles,
+        *upstream.stride(), *source.stride(), eps=eps, **run.shape,
+    )
+    slopes = torch.empty(2, run.channels, dtype=run.wide, device=x.device)
+    _gradients[run.blocks](
+        run.partial, variance, dweight, dbias, slopes, run.parts, run.channels, run.count, eps=eps,
+        BATCH_STATISTICS=batch_statistics, **run.shape,
+    )
+    _input_gradient[run.each](
+        upstream, source, target, weight, bias, mean, variance, slopes, run.voxels, run.channels,
+        *upstream.stride(), *source.stride(), *target.stride(), eps=eps, BATCH_STATISTICS=batch_statistics, **run.shape,
+    )
+    return dx, dweight, dbias
