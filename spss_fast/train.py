@@ -57,7 +57,8 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         folder.refuse_if_used()
     device = resolve_device(config.training.device)
     amp = resolve_amp(config.training.amp, device)
-    keep_freed_memory()
+    if device.type == "cpu":
+        keep_freed_memory()
     loader = resolve_loader(config.data.loader, device)
     # evaluation prepares its scans by the run's settings, so they name the plane that was annotated
     config = replace(config, data=replace(config.data, plane=annotated_plane(config.data)))
