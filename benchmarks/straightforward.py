@@ -29,9 +29,10 @@ from spss_fast.ops.losses import reference_masked_ce_dice, reference_weighted_ce
 def plain(network: nn.Module) -> nn.Module:
     """``network``, a V-Net or a registration net, of nothing but PyTorch's layers, in its default memory format."""
     if isinstance(network, VNet):
-        first = network.block_one.conv[0]
-        network.block_one.conv[0] = nn.Conv3d(first.in_channels, first.out_channels, 3, padding=1)
-        network.block_one.conv[0].weight, network.block_one.conv[0].bias = first.weight, first.bias
+        for block in (network.block_one, network.block_nine):
+            ours = block.conv[0]
+            block.conv[0] = nn.Conv3d(ours.in_channels, ours.out_channels, 3, padding=1)
+            block.conv[0].weight, block.conv[0].bias = ours.weight, ours.bias
     else:
         network.__class__ = _PlainRegistrationNet
     return network.to(memory_format=torch.contiguous_format)

@@ -50,21 +50,20 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
     return convolution._conv_forward(x, convolution.weight, None)
 
 
-class _FirstConvolution(nn.Conv3d):
-    """A 3x3x3 convolution of one-channel images, on a CPU as one over pairs of neighbours along the last axis.
+class _NarrowConvolution(nn.Conv3d):
+    """A 3x3x3 convolution of fewer than 16 channels, on a CPU as one over pairs of neighbours along the last axis.
 
     A pair of outputs reads two pairs of inputs, so with pairs as channels the kernel is 3x3x2. One product in four is
-    with zero, but one channel alone fills no vector: oneDNN takes twice as long.
+    with zero, but fewer channels fill no vector: oneDNN takes longer, of a single channel twice as long.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu" or x.shape[-1] % 2 or torch.compiler.is_exporting():
             return super()._conv_forward(x, weight, bias)
-        weight = weight[:, 0]
         # the four taps that an output of either place in its pair lays over the four inputs
         taps = torch.stack([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))])
-        weight = taps.unflatten(-1, (2, 2)).movedim(-1, 2).flatten(0, 1)
-        pairs = F.pad(x[:, 0], (1, 1)).unflatten(-1, (-1, 2)).movedim(-1, 1)
+        weight = taps.unflatten(-1, (2, 2)).movedim(-1, 2).flatten(2, 3).flatten(0, 1)
+        pairs = F.pad(x, (1, 1)).unflatten(-1, (-1, 2)).movedim(-1, 1).flatten(1, 2)
         y = F.conv3d(pairs, weight, None if bias is None else bias.repeat(2), padding=(1, 1, 0))
         return y.unflatten(1, (2, -1)).movedim(1, -1).flatten(-2)
 
@@ -77,7 +76,7 @@ class _Convolutions(nn.Module):
         layers: list[nn.Module] = []
         for i in range(count):
             channels = outputs if i else inputs
-            convolution = nn.Conv3d if channels > 1 else _FirstConvolution
+            convolution = nn.Conv3d if channels >= 16 else _NarrowConvolution
             layers += [convolution(channels, outputs, 3, padding=1), nn.BatchNorm3d(outputs), nn.ReLU()]
         self.conv = nn.Sequential(*layers)
 

@@ -80,11 +80,11 @@ def test_bfloat16_gradients_of_small_bottlenecks(sides):
     torch.testing.assert_close(convolution.weight.grad.double() / scale, exact.weight.grad / scale, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("depth", [8, 7])
-def test_the_first_convolution_is_a_convolution(depth):
+@pytest.mark.parametrize("channels, depth", [(1, 8), (3, 8), (1, 7)])
+def test_a_narrow_convolution_is_a_convolution(channels, depth):
     torch.manual_seed(0)
-    x = torch.randn(2, 1, 6, 5, depth, dtype=torch.float64, requires_grad=True)
-    ours = vnet._FirstConvolution(1, 4, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(2, channels, 6, 5, depth, dtype=torch.float64, requires_grad=True)
+    ours = vnet._NarrowConvolution(channels, 4, 3, padding=1, dtype=torch.float64)
     same_with_gradients(ours(x), F.conv3d(x, ours.weight, ours.bias, padding=1), [x, *ours.parameters()])
 
 
