@@ -220,13 +220,13 @@ def _scaled(config: Config) -> None:
     """Shrink a full-resolution configuration by ``data.downsample`` so that a laptop can train it, in place.
 
     Lengths in voxels shrink by the factor, and the weight that a slice of distance costs grows with it; a patch side is
-    rounded up to a multiple of 16, which the V-Net's four halvings need. Registration steps, their pairs and the
-    Monte-Carlo passes of a batch become fewer by the factor. There are factor^3 fewer voxels to learn, so the joint
-    schedule is shorter by that, with its learning-rate steps and its ramps. It takes a higher learning rate and less
-    dropout to get there, and so few iterations leave the network sensitive to a scan's own contrast, which statistics
-    of each case take out. Two paces are not shortened as much, because they hand over to a teacher that has to have
-    learnt first: lambda's stays, and the teacher's weight in the fused labels grows faster by the factor only (on LA it
-    ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74; with 0.75 and more, below 0.67).
+    rounded up to a multiple of 16, which the V-Net's four halvings need. There are factor^3 fewer voxels to learn, so
+    the joint schedule is shorter by that, with its learning-rate steps and its ramps. It takes a higher learning rate
+    and less dropout to get there, and so few iterations leave the network sensitive to a scan's own contrast, which
+    statistics of each case take out. Two paces are not shortened as much, because they hand over to a teacher that has
+    to have learnt first: lambda's stays, and the teacher's weight in the fused labels grows faster by the factor only
+    (on LA it ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74; with 0.75 and more, below
+    0.67).
     """
     factor = config.data.downsample
     data, registration, training = config.data, config.registration, config.training
@@ -237,8 +237,7 @@ def _scaled(config: Config) -> None:
     registration.opening = 2 * round((registration.opening // 2) / factor) + 1
     registration.closing = 2 * round((registration.closing // 2) / factor) + 1
     registration.far_distance = max(1, registration.far_distance // factor)
-    registration.registration_epochs = max(1, registration.registration_epochs // (5 * factor))
-    registration.registration_steps = max(1, registration.registration_steps // factor)
+    registration.registration_epochs = max(1, registration.registration_epochs // (5 * factor**2))
     registration.registration_pairs = max(1, registration.registration_pairs // factor)
     registration.registration_lr = max(registration.registration_lr, 1e-3)
     shorter = factor**3
@@ -246,7 +245,6 @@ def _scaled(config: Config) -> None:
     training.lr_every = max(1, training.lr_every // shorter)
     selection.ramp_every = max(1, selection.ramp_every // shorter)
     selection.tau_every = max(1, selection.tau_every // shorter)
-    selection.passes = max(1, selection.passes // factor)
     training.lr = max(training.lr, 0.1)
     training.distance_decay **= factor
     training.fusion_iterations = max(1, training.fusion_iterations // factor)
