@@ -7,6 +7,9 @@ stored and sorted, an N x N contrastive loss, every network run from end to end.
 
 from __future__ import annotations
 
+import ctypes
+import platform
+
 import cv2
 import numpy as np
 import SimpleITK as sitk
@@ -51,6 +54,16 @@ class _PlainRegistrationNet(RegistrationNet):
         x = self.dec[4](self.dec[3](x))
         x = torch.cat([F.interpolate(x, scale_factor=2), levels.pop()], 1)
         return self.flow(self.vm2_conv(self.dec[5](x)))
+
+
+def give_freed_memory_back() -> None:
+    """Undo ``keep_freed_memory``: glibc's thresholds as they settle in any program that frees large tensors."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 65536)
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
 
 
 def to_plain(state: State) -> State:
