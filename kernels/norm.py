@@ -17,7 +17,7 @@ from torch import Tensor
 from spss_fast.ops import checks
 
 TILE = 2048  # elements
-PROGRAMS = 1024  # that share a sum
+PROGRAMS = 1024, 640  # that share a sum, forward and backward: what an H100 holds at once
 COLUMNS = 64  # most channels of a tile
 
 
@@ -63,9 +63,10 @@ def _add_up(partial, parts, c, channels, ROWS: tl.constexpr, COLUMNS: tl.constex
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _moments(
-    x, partial, voxels, channels, tiles, x_b, x_c, x_v, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, partial, voxels, tiles, x_b, x_c, x_v: tl.constexpr, channels: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """Sums of x and of its square, about the channel's first value."""
     chunk, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -82,9 +83,9 @@ def _moments(
     _store_sums(partial, first, second, chunk, batch, c, channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "count"])
 def _statistics(
-    x, partial, mean, variance, parts, channels, count, x_c, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    x, partial, mean, variance, parts, count, x_c, channels: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -98,8 +99,9 @@ def _statistics(
 
 @triton.jit
 def _apply(
-    x, skip, y, weight, bias, mean, variance, voxels, channels, x_b, x_c, x_v, skip_b, skip_c, skip_v, y_b, y_c, y_v,
-    eps: tl.constexpr, WITH_SKIP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, skip, y, weight, bias, mean, variance, voxels, x_b, x_c, x_v: tl.constexpr, skip_b, skip_c,
+    skip_v: tl.constexpr, y_b, y_c, y_v: tl.constexpr, channels: tl.constexpr, eps: tl.constexpr,
+    WITH_SKIP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     batch = tl.program_id(1).to(tl.int64)
     row, c, inside = _tile(tl.program_id(0).to(tl.int64), voxels, channels, ROWS, COLUMNS)
@@ -111,10 +113,11 @@ def _apply(
     tl.store(y + _at(batch, row, c, y_b, y_c, y_v), z.to(y.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _add_gradients(
-    grad, x, partial, weight, bias, mean, variance, voxels, channels, tiles, grad_b, grad_c, grad_v, x_b, x_c, x_v,
-    eps: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    grad, x, partial, weight, bias, mean, variance, voxels, tiles, grad_b, grad_c, grad_v: tl.constexpr, x_b, x_c,
+    x_v: tl.constexpr, channels: tl.constexpr, eps: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Sums of the gradient behind the ReLU, and of its product with x about the mean."""
     chunk, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -132,9 +135,9 @@ def _add_gradients(
     _store_sums(partial, first, second, chunk, batch, c, channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "count"])
 def _gradients(
-    partial, variance, dweight, dbias, slopes, parts, channels, count, eps: tl.constexpr,
+    partial, variance, dweight, dbias, slopes, parts, count, channels: tl.constexpr, eps: tl.constexpr,
     BATCH_STATISTICS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """Gradients of weight and bias, and what the batch's statistics take from x's: a and b of ``_input_gradient``."""
@@ -152,9 +155,9 @@ def _gradients(
 
 @triton.jit
 def _input_gradient(
-    grad, x, dx, weight, bias, mean, variance, slopes, voxels, channels, grad_b, grad_c, grad_v, x_b, x_c, x_v,
-    dx_b, dx_c, dx_v, eps: tl.constexpr, BATCH_STATISTICS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    grad, x, dx, weight, bias, mean, variance, slopes, voxels, grad_b, grad_c, grad_v: tl.constexpr, x_b, x_c,
+    x_v: tl.constexpr, dx_b, dx_c, dx_v: tl.constexpr, channels: tl.constexpr, eps: tl.constexpr,
+    BATCH_STATISTICS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """dx = scale (g - a - b (x - mean))."""
     batch = tl.program_id(1).to(tl.int64)
@@ -185,23 +188,26 @@ def _dense(x: Tensor) -> Tensor:
 
 
 class _Launch:
-    """What all kernels of a call have in common."""
+    """What all kernels of a call have in common; ``programs`` share a sum."""
 
-    def __init__(self, x: Tensor) -> None:
-        batch, self.channels, self.voxels = x.shape
+    def __init__(self, x: Tensor, programs: int) -> None:
+        batch, channels, self.voxels = x.shape
         self.count = batch * self.voxels
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        columns = min(COLUMNS, triton.next_power_of_2(self.channels))
+        columns = min(COLUMNS, triton.next_power_of_2(channels))
         rows = TILE // columns
-        tiles = triton.cdiv(self.voxels, rows)
-        blocks = triton.cdiv(self.channels, columns)
-        self.tiles = triton.cdiv(tiles, max(1, PROGRAMS // batch))  # of one program where programs share a sum
+        tiles, blocks = triton.cdiv(self.voxels, rows), triton.cdiv(channels, columns)
+        self.tiles = triton.cdiv(tiles, max(1, programs // batch))  # of one program
         self.sums = triton.cdiv(tiles, self.tiles), batch, blocks
+        self.each = tiles, batch, blocks
         self.parts = self.sums[0] * batch
-        self.each, self.blocks = (tiles, batch, blocks), (blocks,)
-        self.shape = {"WIDE": tl.float64 if self.wide == torch.float64 else tl.float32, "ROWS": rows,
-                      "COLUMNS": columns}
-        self.partial = torch.empty(self.parts, 2, self.channels, dtype=self.wide, device=x.device)
+        self.partial = torch.empty(self.parts, 2, channels, dtype=self.wide, device=x.device)
+        wide = {"channels": channels, "WIDE": tl.float64 if self.wide == torch.float64 else tl.float32}
+        self.shape = wide | {"ROWS": rows, "COLUMNS": columns}
+        # sums over programs: few channels a program, so that many programs go through the parts, in few rounds each
+        narrow = min(8, columns)
+        self.narrow = (triton.cdiv(channels, narrow),)
+        self.narrow_shape = wide | {"ROWS": TILE // narrow, "COLUMNS": narrow}
 
 
 def batch_norm_relu(
@@ -215,18 +221,18 @@ def batch_norm_relu(
     if not x.numel():
         empty = torch.zeros_like(weight)
         return y, empty if mean is None else mean.clone(), empty.clone() if variance is None else variance.clone()
-    run = _Launch(source)
+    run = _Launch(source, PROGRAMS[0])
     if mean is None:
-        mean, variance = (torch.empty(run.channels, dtype=run.wide, device=x.device) for _ in range(2))
-        _moments[run.sums](source, run.partial, run.voxels, run.channels, run.tiles, *source.stride(), **run.shape)
-        _statistics[run.blocks](
-            source, run.partial, mean, variance, run.parts, run.channels, run.count, source.stride(1), **run.shape
+        mean, variance = (torch.empty(x.shape[1], dtype=run.wide, device=x.device) for _ in range(2))
+        _moments[run.sums](source, run.partial, run.voxels, run.tiles, *source.stride(), **run.shape)
+        _statistics[run.narrow](
+            source, run.partial, mean, variance, run.parts, run.count, source.stride(1), **run.narrow_shape
         )
     else:
         mean, variance = mean.contiguous().clone(), variance.contiguous().clone()
     added = source if skip is None else merge(skip)
     _apply[run.each](
-        source, added, target, weight.contiguous(), bias.contiguous(), mean, variance, run.voxels, run.channels,
+        source, added, target, weight.contiguous(), bias.contiguous(), mean, variance, run.voxels,
         *source.stride(), *added.stride(), *target.stride(), eps=eps, WITH_SKIP=skip is not None, **run.shape,
     )
     return y, mean, variance
@@ -242,19 +248,19 @@ def batch_norm_relu_backward(
     if not x.numel():
         return dx, dweight, dbias
     source, upstream, target = merge(x), merge(grad), merge(dx)
-    run = _Launch(source)
+    run = _Launch(source, PROGRAMS[1])
     weight, bias, mean, variance = (t.contiguous() for t in (weight, bias, mean, variance))
     _add_gradients[run.sums](
-        upstream, source, run.partial, weight, bias, mean, variance, run.voxels, run.channels, run.tiles,
+        upstream, source, run.partial, weight, bias, mean, variance, run.voxels, run.tiles,
         *upstream.stride(), *source.stride(), eps=eps, **run.shape,
     )
-    slopes = torch.empty(2, run.channels, dtype=run.wide, device=x.device)
-    _gradients[run.blocks](
-        run.partial, variance, dweight, dbias, slopes, run.parts, run.channels, run.count, eps=eps,
-        BATCH_STATISTICS=batch_statistics, **run.shape,
+    slopes = torch.empty(2, x.shape[1], dtype=run.wide, device=x.device)
+    _gradients[run.narrow](
+        run.partial, variance, dweight, dbias, slopes, run.parts, run.count, eps=eps,
+        BATCH_STATISTICS=batch_statistics, **run.narrow_shape,
     )
     _input_gradient[run.each](
-        upstream, source, target, weight, bias, mean, variance, slopes, run.voxels, run.channels,
+        upstream, source, target, weight, bias, mean, variance, slopes, run.voxels,
         *upstream.stride(), *source.stride(), *target.stride(), eps=eps, BATCH_STATISTICS=batch_statistics, **run.shape,
     )
     return dx, dweight, dbias

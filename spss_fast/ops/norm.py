@@ -84,8 +84,9 @@ def batch_norm_relu(
     y, mean, variance = torch.ops.spss_fast.batch_norm_relu(x, weight, bias, skip, *statistics, eps)
     if training and count:
         with torch.no_grad():
-            running_mean.lerp_(mean if offset is None else mean + offset, momentum)
-            running_var.lerp_(variance * (count / (count - 1)), momentum)  # unbiased, as torch keeps it
+            mean = mean if offset is None else mean + offset
+            unbiased = variance * (count / (count - 1))  # as torch keeps it
+            torch._foreach_lerp_([running_mean, running_var], [mean, unbiased], momentum)
     return y
 
 

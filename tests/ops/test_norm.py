@@ -62,7 +62,7 @@ def test_triton_programs_that_add_up_several_tiles(monkeypatch):
     from spss_fast.kernels import norm as kernels
 
     monkeypatch.setattr(kernels, "TILE", 64)
-    monkeypatch.setattr(kernels, "PROGRAMS", 6)  # 3 a volume: 8 tiles of 16 voxels each, the last of all in part
+    monkeypatch.setattr(kernels, "PROGRAMS", (6, 6))  # 3 a volume: 8 tiles of 16 voxels each, the last of all in part
     torch.manual_seed(0)
     x = 3 + torch.randn(2, 3, 9, 13, 3, dtype=torch.float64)
     results = []
