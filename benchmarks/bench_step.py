@@ -49,16 +49,21 @@ def data(patch: tuple[int, int, int]) -> Batch:
 
 def iteration(provider: str, config: Config, device: str):
     """A function that runs one iteration and returns its losses."""
-    set_memory(provider)
-    place, batch = torch.device(device), data(config.data.patch)
+    state, batch = state_of(provider, config, device), data(config.data.patch)
     # where the loader leaves them
-    batch = replace(batch, **{name: getattr(batch, name).to(place) for name in ("image", "view1", "view2")})
+    batch = replace(batch, **{name: getattr(batch, name).to(state.device) for name in ("image", "view1", "view2")})
     if provider == "spss_fast":
-        state = State(config, place, resolve_amp(config.training.amp, place))
         return lambda: joint_iteration(state, batch).metrics
     straightforward = imported_straightforward()
-    state = straightforward.to_plain(State(config, place, None))
     return lambda: straightforward.joint_iteration(state, batch)
+
+
+def state_of(provider: str, config: Config, device: str) -> State:
+    set_memory(provider)
+    place = torch.device(device)
+    if provider == "spss_fast":
+        return State(config, place, resolve_amp(config.training.amp, place))
+    return imported_straightforward().to_plain(State(config, place, None))
 
 
 def set_memory(provider: str) -> None:
@@ -122,14 +127,9 @@ def bench_iteration(measure, device, preset, provider):
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("preset", PRESETS)
 def bench_registration(measure, device, preset, provider):
-    set_memory(provider)
-    place = torch.device(device)
     config = settings(preset)
-    if provider == "spss_fast":
-        state = State(config, place, resolve_amp("auto", place))
-    else:
-        state = imported_straightforward().to_plain(State(config, place, None))
-    volumes = data(config.data.patch).image[:, 0].to(place)
+    state = state_of(provider, config, device)
+    volumes = data(config.data.patch).image[:, 0].to(state.device)
 
     def run():
         if provider == "spss_fast":

@@ -7,9 +7,6 @@ stored and sorted, an N x N contrastive loss, every network run from end to end.
 
 from __future__ import annotations
 
-import ctypes
-import platform
-
 import cv2
 import numpy as np
 import SimpleITK as sitk
@@ -20,6 +17,7 @@ from torch.nn import functional as F
 from spss_fast.config import RegistrationSettings
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import selfpaced
+from spss_fast.engine.device import set_malloc
 from spss_fast.engine.pseudo_labels import fuse, restore_annotation, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.engine.step import State, seed_for
@@ -58,12 +56,7 @@ class _PlainRegistrationNet(RegistrationNet):
 
 def give_freed_memory_back() -> None:
     """Undo ``keep_freed_memory``: glibc's thresholds as they settle in any program that frees large tensors."""
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 65536)
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 64 << 20)
+    set_malloc(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
 
 
 def to_plain(state: State) -> State:

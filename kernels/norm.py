@@ -15,6 +15,7 @@ from spss_fast.kernels.planes import merge
 from torch import Tensor
 
 from spss_fast.ops import checks
+from spss_fast.ops.norm import dense
 
 TILE = 2048  # elements
 PROGRAMS = 1024, 640  # that share a sum, forward and backward: what an H100 holds at once
@@ -181,12 +182,6 @@ def _check(x, weight, bias, **others: Tensor | None) -> None:
             checks.has_shape(name, value, shape, "x", x)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """``x`` with spatial axes that merge: as it is if contiguous or channels last."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-    return x if x.is_contiguous(memory_format=last) else x.contiguous()
-
-
 class _Launch:
     """What all kernels of a call have in common; ``programs`` share a sum."""
 
@@ -215,7 +210,7 @@ def batch_norm_relu(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias, skip=skip, mean=mean, variance=variance)
-    x = _dense(x)
+    x = dense(x)
     y = torch.empty_like(x)
     source, target = merge(x), merge(y)
     if not x.numel():
@@ -243,7 +238,7 @@ def batch_norm_relu_backward(
     batch_statistics: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias, grad=grad, mean=mean, variance=variance)
-    x = _dense(x)
+    x = dense(x)
     dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     if not x.numel():
         return dx, dweight, dbias

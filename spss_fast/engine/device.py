@@ -64,11 +64,15 @@ def keep_freed_memory() -> None:
     PyTorch leaves them to the C library, which gives large blocks back to the system and gets them again page by page.
     One iteration allocates what the last one did, so it need not. Only glibc is told; elsewhere nothing happens.
     """
+    set_malloc(mmap_max=0, trim_threshold=-1)
+
+
+def set_malloc(**options: int) -> None:
+    """glibc's ``mallopt``, process-wide: ``trim_threshold`` and ``mmap_threshold`` in bytes, ``mmap_max`` in blocks."""
+    numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # of malloc.h
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_max = -1, -4  # of malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, -1)
+        for name, value in options.items():
+            ctypes.CDLL(None).mallopt(numbers[name], value)
 
 
 @contextlib.contextmanager

@@ -16,14 +16,18 @@ from torch.nn import functional as F
 from spss_fast.ops import backends, checks
 
 
+def dense(x: Tensor) -> Tensor:
+    """``x`` as it is if it is contiguous or channels last, else a contiguous copy."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return x if x.is_contiguous(memory_format=last) else x.contiguous()
+
+
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool,
     momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:
     """The definition of :func:`batch_norm_relu` with torch's own operators."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-    if not x.is_contiguous(memory_format=last):
-        x = x.contiguous()  # torch sums a strided half-precision tensor less exactly on the CPU
+    x = dense(x)  # torch sums a strided half-precision tensor less exactly on the CPU
     # torch 2.13's CPU backward misreads a strided weight of a tensor with one voxel a volume
     weight, bias = weight.contiguous(), bias.contiguous()
     # x + offset about the mean is x about the mean without it
