@@ -170,7 +170,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     with phase("student"), state.autocast():
         encoded_m = state.student.encode(mixed)
         decoded_m = state.student.decode(encoded_m)
-        logits_m = state.student.out_conv(state.student.dropout(decoded_m)).float()
+        logits_m = state.student.classify(decoded_m).float()
         features_m = state.student.project(encoded_m).float()
         with torch.no_grad():
             classes_m = state.student.class_map(decoded_m).float()

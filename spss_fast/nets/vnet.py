@@ -178,16 +178,30 @@ class VNet(nn.Module):
         """Contrastive features (B, 64, h/8, w/8, d/8)."""
         return self.projector(encoded.first_level)
 
+    def classify(self, decoded: Tensor) -> Tensor:
+        """Logits (B, C, h, w, d) of the decoder's output, after the last dropout.
+
+        A channel that is dropped from a sample is a weight of zero for that sample: cheaper than a copy of the largest
+        feature map.
+        """
+        if not self.training:
+            return self.out_conv(decoded)
+        kept = self.dropout(decoded.new_ones(*decoded.shape[:2], 1, 1, 1))  # 0 or 1 / (1 - p), as dropout scales
+        weight = self.out_conv.weight * kept[:, None]
+        return torch.cat([F.conv3d(x, w, self.out_conv.bias) for x, w in zip(decoded.split(1), weight)])
+
     def class_map(self, decoded: Tensor) -> Tensor:
-        """Logits before the last dropout, trilinear at 1/8 resolution: (B, C, h/8, w/8, d/8)."""
-        logits = self.out_conv(decoded)
-        return F.interpolate(
-            logits, size=[side // 8 for side in logits.shape[2:]], mode="trilinear", align_corners=False
-        )
+        """Logits before the last dropout, trilinear at 1/8 resolution: (B, C, h/8, w/8, d/8).
+
+        The last convolution is linear and of one voxel, so it may as well follow the interpolation, which leaves one
+        voxel in 512.
+        """
+        coarse = [side // 8 for side in decoded.shape[2:]]
+        return self.out_conv(F.interpolate(decoded, size=coarse, mode="trilinear", align_corners=False))
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C, h, w, d) of images (B, 1, h, w, d)."""
-        return self.out_conv(self.dropout(self.decode(self.encode(x))))
+        return self.classify(self.decode(self.encode(x)))
 
 
 @torch.no_grad()

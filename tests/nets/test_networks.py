@@ -88,6 +88,19 @@ def test_a_narrow_convolution_is_a_convolution(channels, depth):
     same_with_gradients(ours(x), F.conv3d(x, ours.weight, ours.bias, padding=1), [x, *ours.parameters()])
 
 
+def test_a_dropped_channel_is_a_weight_of_zero():
+    torch.manual_seed(0)
+    network = VNet(classes=3, filters=8).double()
+    decoded = torch.randn(3, 8, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    logits = network.classify(decoded)
+    torch.manual_seed(1)
+    expected = network.out_conv(network.dropout(decoded))
+    same_with_gradients(logits, expected, [decoded, *network.out_conv.parameters()])
+    dropped = torch.autograd.grad(network.classify(decoded).sum(), decoded)[0][..., 0, 0, 0] == 0
+    assert dropped.any() and not dropped.all() and len(dropped.unique(dim=0)) > 1  # each sample has channels of its own
+
+
 def same_with_gradients(actual, expected, leaves):
     torch.testing.assert_close(actual, expected)
     upstream = torch.randn_like(expected)
