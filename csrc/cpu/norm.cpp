@@ -95,17 +95,29 @@ SPSS_HD void store(scalar_t& to, T value) {
   }
 }
 
+// Sums of x about `center` and of its square, for each place in the pattern.
 template <class T, class scalar_t>
 SPSS_MULTIARCH void add_moments(const scalar_t* x, int64_t count, int64_t pattern, const T* center, T* first,
                                 T* second) {
-  for (int64_t at = 0; at < count; at += pattern) {
+  const auto add = [](const scalar_t& value, T about, T& sum, T& squares) {
+    const T d = load<T>(value) - about;
+    sum += d;
+    squares += d * d;
+  };
+  int64_t at = 0;
+  if (pattern == kPattern) {  // the sums stay in registers
+    T about[kPattern], sum[kPattern] = {}, squares[kPattern] = {};
+    for (int64_t i = 0; i < kPattern; ++i) about[i] = center[i];
+    for (; at + kPattern <= count; at += kPattern) {
+      SPSS_SIMD
+      for (int64_t i = 0; i < kPattern; ++i) add(x[at + i], about[i], sum[i], squares[i]);
+    }
+    for (int64_t i = 0; i < kPattern; ++i) first[i] += sum[i], second[i] += squares[i];
+  }
+  for (; at < count; at += pattern) {
     const int64_t n = std::min(pattern, count - at);
     SPSS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-      const T d = load<T>(x[at + i]) - center[i];
-      first[i] += d;
-      second[i] += d * d;
-    }
+    for (int64_t i = 0; i < n; ++i) add(x[at + i], center[i], first[i], second[i]);
   }
 }
 
@@ -136,19 +148,33 @@ SPSS_HD T behind_relu(T value, T scale, T shift, T grad) {
   return value * scale + shift > 0 ? grad : T(0);
 }
 
-// Sums of the gradient behind the ReLU, and of its product with x about the mean.
+// Sums of the gradient behind the ReLU, and of its product with x about the mean, for each place in the pattern.
 template <class T, class scalar_t>
 SPSS_MULTIARCH void add_gradients(const scalar_t* grad, const scalar_t* x, int64_t count, int64_t pattern,
                                   const T* scale, const T* shift, const T* mean, T* first, T* second) {
-  for (int64_t at = 0; at < count; at += pattern) {
+  const auto add = [](const scalar_t& gradient, const scalar_t& input, T slope, T offset, T about, T& sum,
+                      T& products) {
+    const T value = load<T>(input);
+    const T g = behind_relu(value, slope, offset, load<T>(gradient));
+    sum += g;
+    products += g * (value - about);
+  };
+  int64_t at = 0;
+  if (pattern == kPattern) {  // as above
+    T slope[kPattern], offset[kPattern], about[kPattern], sum[kPattern] = {}, products[kPattern] = {};
+    for (int64_t i = 0; i < kPattern; ++i) slope[i] = scale[i], offset[i] = shift[i], about[i] = mean[i];
+    for (; at + kPattern <= count; at += kPattern) {
+      SPSS_SIMD
+      for (int64_t i = 0; i < kPattern; ++i)
+        add(grad[at + i], x[at + i], slope[i], offset[i], about[i], sum[i], products[i]);
+    }
+    for (int64_t i = 0; i < kPattern; ++i) first[i] += sum[i], second[i] += products[i];
+  }
+  for (; at < count; at += pattern) {
     const int64_t n = std::min(pattern, count - at);
     SPSS_SIMD
-    for (int64_t i = 0; i < n; ++i) {
-      const T value = load<T>(x[at + i]);
-      const T g = behind_relu(value, scale[i], shift[i], load<T>(grad[at + i]));
-      first[i] += g;
-      second[i] += g * (value - mean[i]);
-    }
+    for (int64_t i = 0; i < n; ++i)
+      add(grad[at + i], x[at + i], scale[i], shift[i], mean[i], first[i], second[i]);
   }
 }
 
