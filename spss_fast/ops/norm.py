@@ -96,12 +96,12 @@ def batch_norm_relu(
 
 @torch.library.register_fake("spss_fast::batch_norm_relu")
 def _fake(x, weight, bias, skip, mean, variance, eps):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+    return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @torch.library.register_fake("spss_fast::batch_norm_relu_backward")
 def _fake_backward(grad, x, weight, bias, mean, variance, eps, batch_statistics):
-    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    return torch.empty_like(dense(x)), torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _save(ctx, inputs, output) -> None:

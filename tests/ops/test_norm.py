@@ -56,6 +56,15 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
     assert y.is_contiguous(memory_format=memory_format)
 
 
+def test_compile_is_told_the_strides_of_permuted_inputs():
+    x = torch.randn(4, 3, 2, 5, 6).permute(0, 4, 2, 1, 3)  # dense, but neither contiguous nor channels last
+    weight, bias = (value.requires_grad_() for value in parameters(6)[:2])
+    results = torch.library.opcheck(
+        torch.ops.spss_fast.batch_norm_relu.default, (x.requires_grad_(), weight, bias, None, None, None, 1e-5)
+    )
+    assert set(results.values()) == {"SUCCESS"}
+
+
 def test_triton_programs_that_add_up_several_tiles(monkeypatch):
     if "triton" not in available("norm", "cpu"):
         pytest.skip("Triton's interpreter is off, or Triton is not installed")
