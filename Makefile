@@ -1,7 +1,7 @@
 # make demo, make test and make bench each set up what they need, in .venv.
 PYTHON ?= python3
 VENV ?= .venv
-# the CPU build of torch installs in seconds; for a GPU: make demo TORCH=torch (the newest CUDA build)
+# on Linux PyPI's build of it brings CUDA along, PyTorch's CPU index (PIP_EXTRA_INDEX_URL) has one without; README says more
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 OUT ?= runs/demo
