@@ -11,7 +11,7 @@ from rich.console import Console
 from spss_fast import cli
 from spss_fast.config import SECTIONS, Config, DataSettings, resolve
 from spss_fast.data import cache
-from spss_fast.data.annotations import Annotation, common_plane, folder_states
+from spss_fast.data.annotations import Annotation, common_plane, folder_states, refuse_all_empty
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_folder, propose, to_toml
 from spss_fast.data.layouts import Case, find_cases, source_grid
@@ -94,6 +94,7 @@ def _annotated(cases: list[Case], config: Config, flags: dict[str, Any], console
     if not folder.is_dir():
         return []
     states = folder_states(folder, config.data, cases)
+    refuse_all_empty(states, folder)
     good = {name: state for name, state in states.items() if isinstance(state, Annotation)}
     empty = [name for name, state in states.items() if state is None]
     console.print(f"{len(good)} of {len(states)} annotations in {folder} are there", highlight=False, soft_wrap=True)

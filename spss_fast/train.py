@@ -37,7 +37,7 @@ resolved ones. --dataset phantom needs no data."""
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line to a dictionary; settings that were not given are absent."""
     parser = cli.Parser(prog="spss_fast.train", description=DESCRIPTION)
-    parser.add_argument("--dataset", choices=sorted(PRESETS), default="phantom", help="data set, and its preset")
+    parser.add_argument("--dataset", choices=sorted(PRESETS), help="data set, and its preset (default: phantom)")
     parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/DATASET)")
     parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="settings that override the preset")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
@@ -173,14 +173,16 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     dataset, out = given.pop("dataset"), given.pop("out")
     settings, resume = given.pop("settings"), given.pop("resume")
-    out = out or Path("runs") / dataset
+    out = out or Path("runs") / (dataset or "phantom")
     if resume:
         if given or settings:
             extra = ", ".join("--" + name.replace("_", "-") for name in given) or "--settings"
             raise UserError(f"--resume goes on with the run's own settings: leave out {extra}")
         config = checkpoint.config_of(checkpoint.read(RunFolder(out).checkpoint))
+        if dataset not in (None, config.data.dataset):
+            raise UserError(f"the run in {out} is of --dataset {config.data.dataset}: leave out --dataset {dataset}")
     else:
-        config = resolve(dataset, given, settings)
+        config = resolve(dataset or "phantom", given, settings)
     train(config, out, resume)
 
 

@@ -49,6 +49,15 @@ def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsy
     assert prepare.main(["--data-dir", "scans", "--settings", "scans.toml"]) == 0  # as it was edited
 
 
+def test_annotations_that_are_all_empty_are_refused(tmp_path):
+    image, label = ball((32, 32, 32))
+    write_image(tmp_path / "scans" / "a.nii.gz", image)
+    write_image(tmp_path / "todo" / "a" / "annotation.nii.gz", np.zeros_like(label))
+    with pytest.raises(UserError, match="todo: all annotations are still empty: annotate one slice"):
+        run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "todo"))
+    assert not (tmp_path / "mine.toml").exists()
+
+
 def test_a_real_ct(scans, tmp_path):
     data = tmp_path / "ct"
     for source, name in (("ct_sm", "p1"), ("seg", "p1_seg"), ("ct", "p2")):

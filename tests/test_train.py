@@ -267,6 +267,12 @@ def test_resume_keeps_the_runs_own_settings(tmp_path):
         train.main(["--out", str(tmp_path), "--resume", "--iterations", "5"])
 
 
+def test_resume_keeps_to_the_runs_data_set(settings, tmp_path):
+    _train(settings | {"iterations": 1}, tmp_path)
+    with pytest.raises(UserError, match="is of --dataset phantom: leave out --dataset kits"):
+        train.main(["--dataset", "kits", "--out", str(tmp_path), "--resume"])
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.pt").write_bytes(b"PK\x03\x04 not a checkpoint")
@@ -275,7 +281,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_evaluate_names_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="is this the folder of a run"):
+    with pytest.raises(UserError, match="give the folder of a training"):
         evaluate.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="three voxel counts"):
         evaluate.main(["--run", str(tmp_path), "--stride", "4,4"])

@@ -57,11 +57,16 @@ def read_annotations(settings: DataSettings) -> dict[str, Annotation]:
     path = Path(settings.annotations).expanduser()
     if not path.is_dir():
         return _read_csv(path)
-    given = usable(folder_states(path, settings))
-    if not given:
-        raise UserError(f"{path}: all annotations are still empty: annotate one slice of a case, and save it as "
+    states = folder_states(path, settings)
+    refuse_all_empty(states, path)
+    return usable(states)
+
+
+def refuse_all_empty(states: dict[str, Annotation | str | None], folder: Path) -> None:
+    """``UserError`` where nothing has been annotated yet in ``folder``, whose :func:`folder_states` these are."""
+    if all(state is None for state in states.values()):
+        raise UserError(f"{folder}: all annotations are still empty: annotate one slice of a case, and save it as "
                         f"{ANNOTATION}.nii.gz")
-    return given
 
 
 def usable(states: dict[str, Annotation | str | None]) -> dict[str, Annotation]:

@@ -34,8 +34,7 @@ _SOURCES = (
     "Segmentation Challenge (atriaseg2018.cardiacatlas.org); --dataset phantom needs no data"
 )
 _OWN_SCANS = (
-    "give the folder that holds your scans, as NIfTI, NRRD, MetaImage or DICOM (docs/own-data.md lists the layouts); "
-    "--dataset phantom needs no data"
+    "give the folder that holds your scans, as NIfTI, NRRD, MetaImage or DICOM (docs/own-data.md lists the layouts)"
 )
 
 
@@ -89,7 +88,8 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     if deeper is not None:
         levels = deeper.relative_to(data_dir).parts
         raise UserError(f"no scans in {data_dir}, but below it: give {data_dir / levels[0]} as the data folder")
-    raise UserError(f"no scans in {data_dir} (looked for {wanted}): {sources(dataset)}")
+    looked = "" if dataset == "folder" else f" (looked for {wanted})"  # sources says it already
+    raise UserError(f"no scans in {data_dir}{looked}: {sources(dataset)}")
 
 
 def _pattern(layout: str) -> str:

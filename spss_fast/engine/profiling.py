@@ -57,11 +57,11 @@ def phase_table(done: profile, iterations: int, device: torch.device) -> Table:
             spent[name] += event.time_range.elapsed_us()
             kernels[name] += event.device_time_total
     on_gpu = device.type == "cuda"
-    table = Table(title=f"an iteration, mean of {iterations}: {total / iterations / 1e3:.1f} ms", title_justify="left")
+    table = Table(title=f"an iteration (mean of {iterations})", title_justify="left")
     table.add_column("phase")
     for heading in ("ms", "share", *(["kernels ms"] if on_gpu else [])):
         table.add_column(heading, justify="right")
-    for name, value in [*spent.items(), ("other", total - sum(spent.values()))]:
+    for name, value in [*spent.items(), ("other", total - sum(spent.values())), ("all", total)]:
         cells = [f"{value / iterations / 1e3:.1f}", f"{100 * value / total:.1f}%"]
         if on_gpu:
             cells.append(f"{kernels.get(name, 0) / iterations / 1e3:.1f}")
