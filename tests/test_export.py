@@ -255,7 +255,7 @@ def test_missing_packages_and_unknown_formats_are_named_first(missing, formats, 
 
 
 def test_what_is_missing_is_named(phantom_run, tmp_path):
-    with pytest.raises(UserError, match="is this the folder of a run"):
+    with pytest.raises(UserError, match="give the folder of a training"):
         export.export(tmp_path, tmp_path / "out", ("state_dict",), console=QUIET)
     with pytest.raises(UserError, match=r"nowhere\.nii\.gz cannot be opened"):
         export.export(phantom_run, tmp_path / "out", ("state_dict",), tmp_path / "nowhere.nii.gz", QUIET)

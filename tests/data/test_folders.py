@@ -126,7 +126,7 @@ def test_what_cannot_be_told_apart_is_named(tmp_path, names, words):
 
 def test_an_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
-    with pytest.raises(UserError, match=r"no scans in .*imagesTr"):
+    with pytest.raises(UserError, match=r"no scans in .*give the folder that holds your scans"):
         find_cases("folder", tmp_path)
 
 
