@@ -173,7 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     dataset, out = given.pop("dataset"), given.pop("out")
     settings, resume = given.pop("settings"), given.pop("resume")
-    out = out or Path("runs") / (dataset or "phantom")
+    chosen = dataset or "phantom"
+    out = out or Path("runs") / chosen
     if resume:
         if given or settings:
             extra = ", ".join("--" + name.replace("_", "-") for name in given) or "--settings"
@@ -182,7 +183,7 @@ def main(arguments: list[str] | None = None) -> None:
         if dataset not in (None, config.data.dataset):
             raise UserError(f"the run in {out} is of --dataset {config.data.dataset}: leave out --dataset {dataset}")
     else:
-        config = resolve(dataset or "phantom", given, settings)
+        config = resolve(chosen, given, settings)
     train(config, out, resume)
 
 
