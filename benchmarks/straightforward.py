@@ -34,9 +34,21 @@ def plain(network: nn.Module) -> nn.Module:
             ours = block.conv[0]
             block.conv[0] = nn.Conv3d(ours.in_channels, ours.out_channels, 3, padding=1)
             block.conv[0].weight, block.conv[0].bias = ours.weight, ours.bias
+        network.__class__ = _PlainVNet
     else:
         network.__class__ = _PlainRegistrationNet
     return network.to(memory_format=torch.contiguous_format)
+
+
+class _PlainVNet(VNet):
+    """Dropout on the feature map, and the class map from logits of full resolution."""
+
+    def classify(self, decoded: Tensor) -> Tensor:
+        return self.out_conv(self.dropout(decoded))
+
+    def class_map(self, decoded: Tensor) -> Tensor:
+        logits = self.out_conv(decoded)
+        return F.interpolate(logits, scale_factor=1 / 8, mode="trilinear", align_corners=False)
 
 
 class _PlainRegistrationNet(RegistrationNet):
@@ -159,7 +171,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
     def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         encoded = state.student.encode(x)
         decoded = state.student.decode(encoded)
-        logits = state.student.out_conv(state.student.dropout(decoded))
+        logits = state.student.classify(decoded)
         return logits, state.student.project(encoded), state.student.class_map(decoded)
 
     logits_m, features_m, classes_m = run(mixed)
