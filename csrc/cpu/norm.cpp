@@ -6,6 +6,7 @@
 // of threads does not change.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 
@@ -194,15 +195,30 @@ SPSS_MULTIARCH void input_gradient(const scalar_t* grad, const scalar_t* x, int6
   }
 }
 
-template <class T>
-std::vector<T> numbers(const at::Tensor& t) {
-  const at::Tensor dense = t.to(at::kDouble).contiguous();
-  return {dense.data_ptr<double>(), dense.data_ptr<double>() + dense.numel()};
+// Vectors of channels, of any floating dtype, to numbers and back. Here, as torch's conversions take longer than all else
+// does on a small feature map.
+std::vector<double> numbers(const at::Tensor& t) {
+  std::vector<double> out(t.numel());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, t.scalar_type(), "numbers", [&] {
+    const scalar_t* from = t.data_ptr<scalar_t>();
+    for (size_t i = 0; i < out.size(); ++i) out[i] = static_cast<double>(from[i * t.stride(0)]);
+  });
+  return out;
+}
+
+at::Tensor tensor_of(const std::vector<double>& values, const at::TensorOptions& options) {
+  at::Tensor out = at::empty({static_cast<int64_t>(values.size())}, options.memory_format(std::nullopt));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, out.scalar_type(), "tensor_of", [&] {
+    std::transform(values.begin(), values.end(), out.data_ptr<scalar_t>(),
+                   [](double value) { return static_cast<scalar_t>(value); });
+  });
+  return out;
 }
 
 // Mean and biased variance per channel.
 template <class T, class scalar_t>
-void moments(const at::Tensor& x, const Segments& segments, double* mean, double* variance) {
+void moments(const at::Tensor& x, const Segments& segments, std::vector<double>& mean,
+             std::vector<double>& variance) {
   const int64_t channels = segments.channels;
   const scalar_t* data = x.data_ptr<scalar_t>();
   std::vector<T> center(channels);
@@ -230,10 +246,10 @@ struct Affine {
   std::vector<T> scale, shift, mean;
   std::vector<double> inverse_deviation;
 
-  Affine(const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean_, const at::Tensor& variance,
-         double eps)
-      : mean(numbers<T>(mean_)), inverse_deviation(numbers<double>(variance)) {
-    const auto w = numbers<double>(weight), b = numbers<double>(bias), m = numbers<double>(mean_);
+  Affine(const at::Tensor& weight, const at::Tensor& bias, const std::vector<double>& m,
+         const std::vector<double>& variance, double eps)
+      : mean(m.begin(), m.end()), inverse_deviation(variance) {
+    const auto w = numbers(weight), b = numbers(bias);
     for (size_t c = 0; c < w.size(); ++c) {
       inverse_deviation[c] = 1 / std::sqrt(inverse_deviation[c] + eps);
       scale.push_back(static_cast<T>(w[c] * inverse_deviation[c]));
@@ -255,15 +271,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
   const auto format = format_of(input);
   const at::Tensor x = input.contiguous(format);
   const at::Tensor skip = added ? added->contiguous(format) : at::Tensor();
-  const auto wide = x.options().dtype(compute_type(x)).memory_format(std::nullopt);
-  at::Tensor mean = mean_ ? mean_->to(wide.dtype(), false, true) : at::empty({x.size(1)}, wide.dtype(at::kDouble));
-  at::Tensor variance = variance_ ? variance_->to(wide.dtype(), false, true) : at::empty_like(mean);
+  std::vector<double> mean(x.size(1)), variance(x.size(1));
+  if (mean_) mean = numbers(*mean_), variance = numbers(*variance_);
   at::Tensor y = with_huge_pages(at::empty_like(x));
   if (x.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batch_norm_relu", [&] {
       using T = compute_t<scalar_t>;
       const Segments segments(x);
-      if (!mean_) moments<T, scalar_t>(x, segments, mean.data_ptr<double>(), variance.data_ptr<double>());
+      if (!mean_) moments<T, scalar_t>(x, segments, mean, variance);
       const Affine<T> affine(weight, bias, mean, variance, eps);
       const scalar_t *from = x.data_ptr<scalar_t>(), *add = added ? skip.data_ptr<scalar_t>() : nullptr;
       scalar_t* to = y.data_ptr<scalar_t>();
@@ -273,10 +288,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
                    work.data() + segments.pattern, to + s.begin);
       });
     });
-  } else if (!mean_) {
-    mean.zero_(), variance.zero_();
   }
-  return {y, mean.to(wide.dtype()), variance.to(wide.dtype())};
+  const auto wide = x.options().dtype(compute_type(x));
+  return {y, tensor_of(mean, wide), tensor_of(variance, wide)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
@@ -289,14 +303,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
   const at::Tensor x = input.contiguous(format), grad = grad_.contiguous(format);
   const int64_t channels = x.size(1);
   at::Tensor dx = with_huge_pages(at::empty_like(x));
-  at::Tensor dweight = at::zeros({channels}, x.options().dtype(at::kDouble).memory_format(std::nullopt));
-  at::Tensor dbias = at::zeros_like(dweight);
+  std::vector<double> dweight(channels), dbias(channels);
   if (x.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batch_norm_relu_backward", [&] {
       using T = compute_t<scalar_t>;
       const Segments segments(x);
       const int64_t pattern = segments.pattern;
-      const Affine<T> affine(weight, bias, mean, variance, eps);
+      const Affine<T> affine(weight, bias, numbers(mean), numbers(variance), eps);
       const scalar_t *from = x.data_ptr<scalar_t>(), *g = grad.data_ptr<scalar_t>();
       std::vector<double> partial(segments.count * 2 * channels);
       segments.run([&](int64_t i, const Segment& s) {
@@ -312,8 +325,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
       std::vector<T> a(channels), b(channels);
       for (int64_t c = 0; c < channels; ++c) {
         const double inverse = affine.inverse_deviation[c];
-        dbias.data_ptr<double>()[c] = sums[c];
-        dweight.data_ptr<double>()[c] = sums[channels + c] * inverse;
+        dbias[c] = sums[c];
+        dweight[c] = sums[channels + c] * inverse;
         if (!batch_statistics) continue;
         a[c] = static_cast<T>(sums[c] / count);
         b[c] = static_cast<T>(sums[channels + c] * inverse * inverse / count);
@@ -327,7 +340,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
       });
     });
   }
-  return {dx, dweight.to(weight.scalar_type()), dbias.to(bias.scalar_type())};
+  return {dx, tensor_of(dweight, weight.options()), tensor_of(dbias, bias.options())};
 }
 
 }  // namespace

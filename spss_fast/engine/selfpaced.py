@@ -46,7 +46,8 @@ def fusion_weight(progress: float, final: float, power: float) -> float:
 
 def clipped_noise(x: Tensor, settings: SelectionSettings) -> Tensor:
     """``x`` plus fresh N(0, 0.1) clipped to +-0.2."""
-    return x + (torch.randn_like(x) * settings.noise).clamp_(-settings.noise_clip, settings.noise_clip)
+    noise = torch.empty_like(x).normal_(0, settings.noise)
+    return noise.clamp_(-settings.noise_clip, settings.noise_clip).add_(x)
 
 
 @torch.no_grad()
@@ -58,10 +59,9 @@ def monte_carlo(
     total = torch.zeros(len(mixed), classes, *mixed.shape[2:], device=mixed.device).contiguous(
         memory_format=torch.channels_last_3d
     )
-    for _ in range(settings.passes):
-        with torch.autocast(mixed.device.type, amp, enabled=amp is not None):
-            logits = teacher(clipped_noise(mixed, settings))
-        accumulate_softmax(total, logits)
+    with torch.autocast(mixed.device.type, amp, enabled=amp is not None):
+        for _ in range(settings.passes):
+            accumulate_softmax(total, teacher(clipped_noise(mixed, settings)))
     return total
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +17,7 @@ from spss_fast.engine.profiling import phase
 from spss_fast.engine.pseudo_labels import foreground_masks, fuse, registration_labels, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.nets.regnet import RegistrationNet
-from spss_fast.nets.vnet import VNet, update_teacher
+from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops.contrastive import contrastive_loss
 from spss_fast.ops.losses import masked_ce_dice, weighted_ce_dice
 from spss_fast.ops.uncertainty import uncertainty_mask
@@ -54,7 +53,7 @@ class State:
         self.student = VNet(self.config.data.class_count, network.filters, network.dropout).to(
             self.device, memory_format=torch.channels_last_3d
         )
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.teacher = teacher_of(self.student)
         self.registration = RegistrationNet().to(self.device, memory_format=torch.channels_last)
         self.sgd, self.adam = optimizers.build(
             self.config, self.student.parameters(), self.registration.parameters(), self.device

@@ -50,7 +50,7 @@ class RegistrationNet(nn.Module):
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """Displacement (B, 2, h, w) that warps ``moving`` onto ``fixed``, both (B, 1, h, w)."""
-        levels = [torch.cat([moving, fixed], 1)]
+        levels = [torch.cat([moving, fixed], 1).contiguous(memory_format=torch.channels_last)]
         for block in self.enc:
             levels.append(block(levels[-1]))
         x = self.dec[0](levels.pop())

@@ -6,6 +6,7 @@ checkpoints use (METHOD, Networks).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,14 +24,16 @@ def _layer(
     if torch.compiler.is_exporting():  # plain operators: an exported network runs where this package is not
         y = F.relu(norm(convolution(x)))
         return y if skip is None else y + skip
-    momentum = norm.momentum
-    if norm.training:
+    momentum, running = norm.momentum, (norm.running_mean, norm.running_var)
+    if norm.training and not norm.track_running_stats:
+        running = None, None
+    elif norm.training:
         norm.num_batches_tracked += 1
         if momentum is None:  # a cumulative average
             momentum = 1 / float(norm.num_batches_tracked)
     return batch_norm_relu(
-        _convolve(convolution, x), norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.training, momentum,
-        norm.eps, skip, convolution.bias,
+        _convolve(convolution, x), norm.weight, norm.bias, *running, norm.training, momentum, norm.eps, skip,
+        convolution.bias,
     )
 
 
@@ -202,6 +205,19 @@ class VNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, C, h, w, d) of images (B, 1, h, w, d)."""
         return self.classify(self.decode(self.encode(x)))
+
+
+def teacher_of(student: VNet) -> VNet:
+    """A copy of ``student`` to be its mean teacher, run in training mode and under ``torch.no_grad()`` only.
+
+    Nobody reads its running statistics, so no pass moves them. Its parameters still ask for gradients: only of such
+    parameters autocast keeps the cast for the passes that follow.
+    """
+    teacher = copy.deepcopy(student)
+    for module in teacher.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.track_running_stats = False
+    return teacher
 
 
 @torch.no_grad()

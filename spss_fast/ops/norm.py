@@ -23,7 +23,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
     momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:
     """The definition of :func:`batch_norm_relu` with torch's own operators."""
@@ -31,16 +31,17 @@ def reference(
     # torch 2.13's CPU backward misreads a strided weight of a tensor with one voxel a volume
     weight, bias = weight.contiguous(), bias.contiguous()
     # x + offset about the mean is x about the mean without it
-    mean = running_mean if offset is None else running_mean - offset.detach()
+    shifted = offset is not None and running_mean is not None
+    mean = running_mean - offset.detach() if shifted else running_mean
     y = F.relu(F.batch_norm(x, mean, running_var, weight, bias, training, momentum, eps))
-    if training and offset is not None:
+    if training and shifted:
         with torch.no_grad():
             running_mean.copy_(mean + offset)
     return y if skip is None else y + skip
 
 
 def batch_norm_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, training: bool,
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
     momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:
     """``relu(batch_norm(x + offset)) + skip``, differentiable in x, weight, bias and skip.
@@ -48,7 +49,8 @@ def batch_norm_relu(
     Args:
         x: (B, C, *spatial), floating; read in place if contiguous or channels last; half types are computed in float32.
         weight, bias: (C,), of the compute type.
-        running_mean, running_var: (C,), of the compute type; in training they move towards the batch's, in place.
+        running_mean, running_var: (C,), of the compute type; in training they move towards the batch's, in place, or
+            are None where nobody will read them.
         training: whether to normalise by the batch's statistics (else by the running ones).
         momentum: the share of the batch's statistics in the new running ones.
         eps: added to the variance.
@@ -67,8 +69,9 @@ def batch_norm_relu(
     checks.is_tensor("x", x)
     checks.has_channels("x", x)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for name, value in (("weight", weight), ("bias", bias), ("running_mean", running_mean),
-                        ("running_var", running_var)):
+    tracked = running_mean is not None or running_var is not None
+    running = {"running_mean": running_mean, "running_var": running_var} if tracked or not training else {}
+    for name, value in ({"weight": weight, "bias": bias} | running).items():
         checks.is_tensor(name, value, compute)
         checks.has_shape(name, value, (x.shape[1],), "x", x)
     if skip is not None:
@@ -86,7 +89,7 @@ def batch_norm_relu(
     if offset is not None and not training:
         statistics = running_mean - offset.detach(), running_var
     y, mean, variance = torch.ops.spss_fast.batch_norm_relu(x, weight, bias, skip, *statistics, eps)
-    if training and count:
+    if training and tracked and count:
         with torch.no_grad():
             mean = mean if offset is None else mean + offset
             unbiased = variance * (count / (count - 1))  # as torch keeps it

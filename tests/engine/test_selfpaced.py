@@ -7,6 +7,7 @@ import torch
 
 from spss_fast.config import SelectionSettings
 from spss_fast.engine import selfpaced
+from spss_fast.nets.vnet import VNet, teacher_of
 
 SETTINGS = SelectionSettings()
 
@@ -39,6 +40,23 @@ def test_noise_is_clipped_and_fresh():
     assert 0.08 < first.std() < 0.1
     assert not torch.equal(first, second)
     assert (x == 0).all()
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_monte_carlo_passes_differ_in_noise_and_dropout_and_are_summed(amp):
+    torch.manual_seed(0)
+    settings, teacher = SelectionSettings(passes=3), teacher_of(VNet(classes=3, filters=2))
+    mixed = torch.randn(2, 1, 32, 32, 16)
+    torch.manual_seed(1)
+    total = selfpaced.monte_carlo(teacher, mixed, 3, settings, amp)
+    torch.manual_seed(1)
+    passes = []
+    for _ in range(settings.passes):
+        with torch.no_grad(), torch.autocast("cpu", amp, enabled=amp is not None):
+            passes.append(teacher(selfpaced.clipped_noise(mixed, settings)).float().softmax(1))
+    assert total.dtype == torch.float32 and not total.requires_grad
+    torch.testing.assert_close(total, sum(passes), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(passes[0], passes[1], atol=0.01)
 
 
 def test_box_pastes_a_rectangle_through_every_slice():

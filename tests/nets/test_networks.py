@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from spss_fast.nets import regnet, vnet
 from spss_fast.nets.regnet import RegistrationNet
-from spss_fast.nets.vnet import VNet, update_teacher
+from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops import backend
 from tests.conftest import SHARED
 
@@ -149,6 +149,21 @@ def test_registration_net_upsamples_and_concatenates(sides):
     x.requires_grad_(), skip.requires_grad_()
     expected = block(torch.cat([F.interpolate(x, size=sides), skip], 1))
     same_with_gradients(regnet._up(block, x, skip), expected, [x, skip, *block.parameters()])
+
+
+def test_teacher_computes_what_the_student_does_and_moves_no_running_statistics():
+    torch.manual_seed(0)
+    student, x = VNet(filters=2), torch.randn(2, 1, 32, 32, 16)
+    teacher = teacher_of(student)
+    before = {name: value.clone() for name, value in teacher.named_buffers()}
+    outputs = []
+    for network in (student, teacher):
+        torch.manual_seed(1)  # the same dropout
+        outputs.append(network(x))
+    assert torch.equal(*outputs)
+    assert not torch.equal(student.block_one.conv[1].running_mean, before["block_one.conv.1.running_mean"])
+    assert all(torch.equal(value, before[name]) for name, value in teacher.named_buffers())
+    assert student.state_dict().keys() == teacher.state_dict().keys()
 
 
 def test_teacher_is_the_moving_average_of_parameters_only():

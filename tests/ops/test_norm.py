@@ -1,5 +1,7 @@
 """Batch norm with ReLU and skip connection: statistics, accuracy, and errors that name the argument."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -42,6 +44,17 @@ def test_an_offset_is_a_convolutions_bias():
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mean, norm.running_mean)
         torch.testing.assert_close(variance, norm.running_var)
+
+
+@pytest.mark.parametrize("name", ["reference", None])
+def test_running_statistics_that_nobody_reads_may_be_left_out_in_training(name):
+    torch.manual_seed(0)
+    x, offset = torch.randn(3, 6, 4, 5, 6), torch.randn(6)
+    weight, bias, mean, variance = parameters(6)
+    with backend(name) if name else contextlib.nullcontext():
+        expected = batch_norm_relu(x, weight, bias, mean, variance, True, offset=offset)
+        for given in (None, offset):
+            assert torch.equal(batch_norm_relu(x, weight, bias, None, None, True, offset=given), expected)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
@@ -99,6 +112,8 @@ def test_nan_passes_through_the_relu():
     (dict(running_var=torch.ones(3, dtype=torch.float64)), TypeError, "^running_var must be float32"),
     (dict(skip=torch.zeros(2, 3, 5)), ValueError, "^skip must be of shape"),
     (dict(skip=torch.zeros(2, 3, 4, dtype=torch.bfloat16)), TypeError, "^skip must be float32"),
+    (dict(running_mean=None, running_var=None), TypeError, "^running_mean must be a tensor"),
+    (dict(running_mean=None, training=True), TypeError, "^running_mean must be a tensor"),
     (dict(bias=None), TypeError, "^bias must be a tensor"),
     (dict(offset=torch.zeros(2)), ValueError, r"^offset must be of shape \(3,\)"),
 ])
