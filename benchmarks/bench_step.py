@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from harness import count_flops
+from harness import alone, count_flops
 from torch.nn import functional as F
 
 from spss_fast.config import Config, resolve
@@ -27,6 +28,8 @@ from spss_fast.ops import backend
 PRESETS = {"LA": {}, "LA --downsample 2 --filters 8": {"downsample": 2, "filters": 8}}
 PROVIDERS = ("spss_fast", "straightforward")
 KEPT = "straightforward, freed memory kept"  # as train keeps it on a CPU, in place of what PyTorch finds there
+NETWORKS = ("spss_fast", "plain eager float32", "MONAI VNet float32")
+PACKAGES = {"straightforward": "cv2", KEPT: "cv2", NETWORKS[1]: "cv2", NETWORKS[2]: "monai.networks.nets"}
 
 
 def settings(preset: str, **changes) -> Config:
@@ -59,45 +62,52 @@ def iteration(provider: str, config: Config, device: str):
 
 
 def state_of(provider: str, config: Config, device: str) -> State:
-    set_memory(provider)
+    if device == "cpu" and provider in ("spss_fast", KEPT):
+        keep_freed_memory()
     place = torch.device(device)
     if provider == "spss_fast":
         return State(config, place, resolve_amp(config.training.amp, place))
     return imported_straightforward().to_plain(State(config, place, None))
 
 
-def set_memory(provider: str) -> None:
-    """Ours as train has it; peers as they find it."""
-    if provider in ("spss_fast", KEPT):
-        keep_freed_memory()
-    else:
-        imported_straightforward().give_freed_memory_back()
+def require(provider: str) -> None:
+    """Skip what the bench extra is not installed for."""
+    if provider in PACKAGES:
+        pytest.importorskip(PACKAGES[provider], reason=f"{PACKAGES[provider]} comes with the bench extra")
 
 
 def imported_straightforward() -> ModuleType:
-    pytest.importorskip("cv2", reason="OpenCV comes with the bench extra")
-    import straightforward
+    import straightforward  # needs OpenCV
 
     return straightforward
 
 
 @functools.cache
 def check_that_both_compute_the_same(device: str) -> None:
-    """In float32 and without dropout, from the same seed, two iterations long: then rounding begins to tell voxels of
-    nearly equal confidence apart."""
+    with alone(device, comparison, device) as compare:
+        compare()
+
+
+def comparison(device: str):
+    """A function that compares two iterations from the same seed, in float32 and without dropout: in a third one
+    rounding would begin to tell voxels of nearly equal confidence apart."""
     config = settings(
         "LA --downsample 2 --filters 8", patch="32,32,32", dropout=0, amp="off", registration_pairs=4,
         fusion_iterations=4, ramp_every=1,
     )
     ours, peer = (iteration(provider, config, device) for provider in PROVIDERS)
-    with float32_convolutions():
-        for tolerance in (1e-4, 1e-2):
-            actual, expected = ours(), peer()
-            for name, value in expected.items():
-                torch.testing.assert_close(
-                    actual[name].float(), value.float(), rtol=tolerance, atol=1e-6,
-                    msg=lambda m, name=name: f"{name}: {m}",
-                )
+
+    def compare() -> None:
+        with float32_convolutions():
+            for tolerance in (1e-4, 1e-2):
+                actual, expected = ours(), peer()
+                for name, value in expected.items():
+                    torch.testing.assert_close(
+                        actual[name].float(), value.float(), rtol=tolerance, atol=1e-6,
+                        msg=lambda m, name=name: f"{name}: {m}",
+                    )
+
+    return compare
 
 
 @contextlib.contextmanager
@@ -116,18 +126,17 @@ def float32_convolutions() -> Iterator[None]:
 def bench_iteration(measure, device, preset, provider):
     if provider == KEPT and device != "cpu":
         pytest.skip("PyTorch keeps a GPU's memory itself")
+    require("straightforward")
     check_that_both_compute_the_same(device)
     config = settings(preset)
-    run = iteration(provider, config, device)
-    measure(run, operator="step", case="iteration", size=preset, provider=provider,
-            elements=data(config.data.patch).image.numel(), bytes=0,
-            flops=count_flops(run) if provider == "spss_fast" else 0)
+    with alone(device, iteration, provider, config, device) as run:
+        measure(run, operator="step", case="iteration", size=preset, provider=provider,
+                elements=data(config.data.patch).image.numel(), bytes=0,
+                flops=count_flops(run) if provider == "spss_fast" else 0)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("preset", PRESETS)
-def bench_registration(measure, device, preset, provider):
-    config = settings(preset)
+def registration(provider: str, config: Config, device: str):
+    """A function that runs ten registration steps."""
     state = state_of(provider, config, device)
     volumes = data(config.data.patch).image[:, 0].to(state.device)
 
@@ -137,36 +146,50 @@ def bench_registration(measure, device, preset, provider):
         with backend("reference"):
             return registration_steps(state.registration, state.adam, volumes, None, config.registration, state.amp)
 
-    measure(run, operator="step", case="10 registration steps", size=preset, provider=provider,
-            elements=volumes.numel(), bytes=0, flops=count_flops(run))
+    return run
 
 
-NETWORKS = ("spss_fast", "plain eager float32", "MONAI VNet float32")
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("preset", PRESETS)
+def bench_registration(measure, device, preset, provider):
+    require(provider)
+    config = settings(preset)
+    with alone(device, registration, provider, config, device) as run:
+        measure(run, operator="step", case="10 registration steps", size=preset, provider=provider,
+                elements=data(config.data.patch).image.numel(), bytes=0, flops=count_flops(run))
+
+
+PATCH = (1, 1, 112, 112, 80)  # of LA
+
+
+def network(provider: str, device: str):
+    """A function that runs a V-Net forward and backward."""
+    torch.manual_seed(0)
+    image, target = torch.randn(PATCH, device=device), torch.randint(0, 2, (1, *PATCH[2:]), device=device)
+    if provider == "MONAI VNet float32":
+        from monai.networks.nets import VNet as MonaiVNet
+
+        net, amp = MonaiVNet(in_channels=1, out_channels=2).to(device), None
+    elif provider == "plain eager float32":
+        net, amp = imported_straightforward().plain(VNet().to(device)), None
+    else:
+        if device == "cpu":
+            keep_freed_memory()
+        net, image = (x.to(device, memory_format=torch.channels_last_3d) for x in (VNet(), image))
+        amp = resolve_amp("auto", torch.device(device))
+
+    def run():
+        with backend("reference") if provider == "plain eager float32" else contextlib.nullcontext():
+            with torch.autocast(device, amp, enabled=amp is not None):
+                logits = net(image)
+            F.cross_entropy(logits.float(), target).backward()
+
+    return run
 
 
 @pytest.mark.parametrize("provider", NETWORKS)
 def bench_network(measure, device, provider):
-    """Forward and backward of one patch of LA."""
-    set_memory(provider)
-    shape = (1, 1, 112, 112, 80)
-    torch.manual_seed(0)
-    image, target = torch.randn(shape, device=device), torch.randint(0, 2, (1, *shape[2:]), device=device)
-    if provider == "MONAI VNet float32":
-        nets = pytest.importorskip("monai.networks.nets", reason="MONAI comes with the bench extra")
-        network, amp = nets.VNet(in_channels=1, out_channels=2).to(device), None
-    else:
-        network, amp = VNet().to(device), None
-        if provider == "plain eager float32":
-            imported_straightforward().plain(network)
-    if provider == "spss_fast":
-        network, image = (x.to(memory_format=torch.channels_last_3d) for x in (network, image))
-        amp = resolve_amp("auto", torch.device(device))
-
-    def run():
-        with torch.autocast(device, amp, enabled=amp is not None):
-            logits = network(image)
-        F.cross_entropy(logits.float(), target).backward()
-
-    with backend("reference") if provider == "plain eager float32" else contextlib.nullcontext():
-        measure(run, operator="step", case="V-Net forward + backward", size="x".join(map(str, shape)),
-                provider=provider, elements=image.numel(), bytes=0, flops=count_flops(run))
+    require(provider)
+    with alone(device, network, provider, device) as run:
+        measure(run, operator="step", case="V-Net forward + backward", size="x".join(map(str, PATCH)),
+                provider=provider, elements=math.prod(PATCH), bytes=0, flops=count_flops(run))

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from spss_fast.config import RegistrationSettings
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import selfpaced
-from spss_fast.engine.device import set_malloc
 from spss_fast.engine.pseudo_labels import fuse, restore_annotation, voxel_weights
 from spss_fast.engine.registration import registration_steps
 from spss_fast.engine.step import State, seed_for
@@ -64,11 +63,6 @@ class _PlainRegistrationNet(RegistrationNet):
         x = self.dec[4](self.dec[3](x))
         x = torch.cat([F.interpolate(x, scale_factor=2), levels.pop()], 1)
         return self.flow(self.vm2_conv(self.dec[5](x)))
-
-
-def give_freed_memory_back() -> None:
-    """Undo ``keep_freed_memory``: glibc's thresholds as they settle in any program that frees large tensors."""
-    set_malloc(mmap_max=65536, mmap_threshold=32 << 20, trim_threshold=64 << 20)
 
 
 def to_plain(state: State) -> State:

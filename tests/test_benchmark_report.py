@@ -1,6 +1,8 @@
 """What the benchmarks' report makes of its rows: ratios, bandwidth, growth, files."""
 
+import functools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,21 @@ def test_files(harness, tmp_path):
     body = json.loads(written[0].read_text())
     assert body["copy_bandwidth"] == 12e6 and len(body["rows"]) == 5 and body["rows"][-1]["fastest"] == 0.1
     assert "elements^1.00" in written[1].read_text() and written[2].stat().st_size > 1000
+
+
+def _result(run):
+    return run()
+
+
+def test_a_benchmark_alone_runs_in_a_process_of_its_own(harness):
+    with harness.alone("cpu", functools.partial, os.getpid) as run:
+        assert run() is None
+        assert run.ask(_result) not in (None, os.getpid())
+    with harness.alone("cpu", functools.partial, torch.mm, torch.ones(2, 3), torch.ones(3, 5)) as run:
+        assert harness.count_flops(run) == 2 * 2 * 3 * 5
+
+
+def test_a_benchmark_that_fails_alone_ends(harness, capfd):
+    with pytest.raises(EOFError), harness.alone("cpu", functools.partial, int, "no number") as run:
+        run()
+    assert "no number" in capfd.readouterr().err

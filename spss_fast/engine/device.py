@@ -64,15 +64,11 @@ def keep_freed_memory() -> None:
     PyTorch leaves them to the C library, which gives large blocks back to the system and gets them again page by page.
     One iteration allocates what the last one did, so it need not. Only glibc is told; elsewhere nothing happens.
     """
-    set_malloc(mmap_max=0, trim_threshold=-1)
-
-
-def set_malloc(**options: int) -> None:
-    """glibc's ``mallopt``, process-wide: ``trim_threshold`` and ``mmap_threshold`` in bytes, ``mmap_max`` in blocks."""
-    numbers = {"trim_threshold": -1, "mmap_threshold": -3, "mmap_max": -4}  # of malloc.h
+    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
     if platform.libc_ver()[0] == "glibc":
-        for name, value in options.items():
-            ctypes.CDLL(None).mallopt(numbers[name], value)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 @contextlib.contextmanager
