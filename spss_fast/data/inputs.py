@@ -10,13 +10,16 @@ from spss_fast.data.output import SUFFIXES, suffix_of
 from spss_fast.errors import UserError
 
 ENDINGS = ", ".join(SUFFIXES)
+# names of files that say what they are, not of whom: the folder's name does
+GENERAL = {"image", *(image.partition(".")[0] for image, _ in RAW.values())}
 
 
 def find_inputs(paths: Sequence[Path]) -> list[Case]:
     """The scans of ``paths``, none with a label, in the order given and by name within a folder.
 
-    A file is a scan. A folder holds scans as files, one of the data sets' layouts (:mod:`spss_fast.data.layouts`), or
-    is one case of a raw layout. Raises ``UserError`` for a path that is missing or holds no scan.
+    A file is a scan, named after its folder where it is called ``image``, ``imaging`` or ``lgemri``. A folder holds
+    scans as files, one of the data sets' layouts (:mod:`spss_fast.data.layouts`), or is one case of a raw layout.
+    Raises ``UserError`` for a path that is missing or holds no scan.
     """
     return [case for path in paths for case in (_of_folder(path) if path.is_dir() else [_of_file(path)])]
 
@@ -27,7 +30,8 @@ def _of_file(path: Path) -> Case:
     suffix = suffix_of(path)
     if not suffix:
         raise UserError(f"{path} is no scan by its name: {ENDINGS} are read, or the folder of an HDF5 layout")
-    return Case(path.name[: -len(suffix)], path, None, "image")
+    name = path.name[: -len(suffix)]
+    return Case(path.resolve().parent.name if name in GENERAL else name, path, None, "image")
 
 
 def _of_folder(folder: Path) -> list[Case]:

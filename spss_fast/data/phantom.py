@@ -41,9 +41,9 @@ def write_phantoms(
 
     ``shape`` and ``spacing`` (mm) are those of the files: slices first. Case i depends on ``seed``, i and them alone;
     with ``organs`` its label holds liver and spleen too.
-    A folder that holds scans of any other origin is left as it is, 0 are written; one that an interrupted call with
-    the same arguments left is completed. No existing case is written to. Raises ``UserError`` where the folder cannot
-    be written.
+    A folder that holds ``case_*`` of any other origin is left as it is, 0 are written; one that an interrupted call
+    with the same arguments left is completed. No existing case is written to. Raises ``UserError`` where the folder
+    cannot be written, or holds anything else.
     """
     folder = Path(folder)
     recipe = f"phantoms of seed {seed}, shape {tuple(shape)}, spacing {tuple(map(float, spacing))}"
@@ -54,6 +54,9 @@ def write_phantoms(
         if not marker.exists():
             if any(folder.glob("case_*")):
                 return 0
+            if other := next((path.name for path in sorted(folder.iterdir()) if path.name[0] != "."), None):
+                raise UserError(f"{folder} holds {other} and no phantoms, and they would be written between what is "
+                                "there: give a new folder, or --dataset folder if these are scans of yours")
             marker.write_text(recipe)
         elif marker.read_text() != recipe:
             return 0

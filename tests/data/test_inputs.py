@@ -33,6 +33,15 @@ def test_layouts_and_a_single_case_of_one(tmp_path):
     assert case.preprocessed and output_paths(case, tmp_path, 2, False, False)["label"] == tmp_path / "z.nii.gz"
 
 
+def test_a_file_that_says_only_what_it_is_goes_by_its_folder(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("a/imaging.nii.gz", "b/lgemri.nrrd", "c/image.mha", "d/image_1.mha")]
+    _touch(*files)
+    assert [case.name for case in find_inputs(files)] == ["a", "b", "c", "image_1"]
+    assert [case.name for case in find_inputs([tmp_path / "c"])] == ["c"]
+    monkeypatch.chdir(tmp_path / "a")
+    assert [case.name for case in find_inputs([Path("imaging.nii.gz")])] == ["a"]
+
+
 @pytest.mark.parametrize("name, said", [
     ("nowhere", "nowhere does not exist"),
     ("empty", "empty is empty"),

@@ -131,6 +131,13 @@ def test_an_interrupted_call_is_completed(tmp_path, monkeypatch):
     assert len(find_cases("phantom", tmp_path)) == 3
 
 
+def test_phantoms_are_not_written_between_other_files(tmp_path):
+    (tmp_path / "scan.nii.gz").touch()
+    with pytest.raises(UserError, match=r"holds scan\.nii\.gz and no phantoms.*--dataset folder"):
+        write_phantoms(tmp_path, 3, 0, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"shape": (12, 40, 40)}, {"organs": True}])
 def test_phantoms_of_another_recipe_are_left_alone(tmp_path, other):
     write_phantoms(tmp_path, 1, 0, **SMALL)
