@@ -58,7 +58,8 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
             if batch.reference is not None:
                 shown = {"reference": batch.reference[i, :, :, z].numpy()} | shown
             _panel(axis, image[i, :, :, z], f"{name}, slice {z}{star}", shown, len(values))
-        _panel(row[3], mixed[i, :, :, z], f"m, selected voxels: {mask.mean():.1%} of the batch", {}, len(values))
+        title = f"mixed image m; SU selects the blue voxels ({mask.mean():.1%})"
+        _panel(row[3], mixed[i, :, :, z], title, {}, len(values))
         overlay = np.zeros((*mask.shape[1:3], 4))
         overlay[mask[i, :, :, z]] = (0.4, 0.55, 1.0, 0.45)
         row[3].imshow(overlay.swapaxes(0, 1), interpolation="nearest")
