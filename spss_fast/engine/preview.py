@@ -58,7 +58,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
             if batch.reference is not None:
                 shown = {"reference": batch.reference[i, :, :, z].numpy()} | shown
             _panel(axis, image[i, :, :, z], f"{name}, slice {z}{star}", shown, len(values))
-        title = f"mixed image m; SU selects the blue voxels ({mask.mean():.1%})"
+        title = f"m (CutMix); blue: selected, {mask.mean():.2%}"
         _panel(row[3], mixed[i, :, :, z], title, {}, len(values))
         overlay = np.zeros((*mask.shape[1:3], 4))
         overlay[mask[i, :, :, z]] = (0.4, 0.55, 1.0, 0.45)
