@@ -62,12 +62,17 @@ def iteration(provider: str, config: Config, device: str):
 
 
 def state_of(provider: str, config: Config, device: str) -> State:
-    if device == "cpu" and provider in ("spss_fast", KEPT):
-        keep_freed_memory()
+    set_memory(provider, device)
     place = torch.device(device)
     if provider == "spss_fast":
         return State(config, place, resolve_amp(config.training.amp, place))
     return imported_straightforward().to_plain(State(config, place, None))
+
+
+def set_memory(provider: str, device: str) -> None:
+    """Ours as train has it; peers as they find it."""
+    if device == "cpu" and provider in ("spss_fast", KEPT):
+        keep_freed_memory()
 
 
 def require(provider: str) -> None:
@@ -84,30 +89,26 @@ def imported_straightforward() -> ModuleType:
 
 @functools.cache
 def check_that_both_compute_the_same(device: str) -> None:
-    with alone(device, comparison, device) as compare:
-        compare()
+    with alone(device, functools.partial, compare, device) as check:
+        check()
 
 
-def comparison(device: str):
-    """A function that compares two iterations from the same seed, in float32 and without dropout: in a third one
-    rounding would begin to tell voxels of nearly equal confidence apart."""
+def compare(device: str) -> None:
+    """In float32 and without dropout, from the same seed, two iterations long: then rounding begins to tell voxels of
+    nearly equal confidence apart."""
     config = settings(
         "LA --downsample 2 --filters 8", patch="32,32,32", dropout=0, amp="off", registration_pairs=4,
         fusion_iterations=4, ramp_every=1,
     )
     ours, peer = (iteration(provider, config, device) for provider in PROVIDERS)
-
-    def compare() -> None:
-        with float32_convolutions():
-            for tolerance in (1e-4, 1e-2):
-                actual, expected = ours(), peer()
-                for name, value in expected.items():
-                    torch.testing.assert_close(
-                        actual[name].float(), value.float(), rtol=tolerance, atol=1e-6,
-                        msg=lambda m, name=name: f"{name}: {m}",
-                    )
-
-    return compare
+    with float32_convolutions():
+        for tolerance in (1e-4, 1e-2):
+            actual, expected = ours(), peer()
+            for name, value in expected.items():
+                torch.testing.assert_close(
+                    actual[name].float(), value.float(), rtol=tolerance, atol=1e-6,
+                    msg=lambda m, name=name: f"{name}: {m}",
+                )
 
 
 @contextlib.contextmanager
@@ -164,6 +165,7 @@ PATCH = (1, 1, 112, 112, 80)  # of LA
 
 def network(provider: str, device: str):
     """A function that runs a V-Net forward and backward."""
+    set_memory(provider, device)
     torch.manual_seed(0)
     image, target = torch.randn(PATCH, device=device), torch.randint(0, 2, (1, *PATCH[2:]), device=device)
     if provider == "MONAI VNet float32":
@@ -173,8 +175,6 @@ def network(provider: str, device: str):
     elif provider == "plain eager float32":
         net, amp = imported_straightforward().plain(VNet().to(device)), None
     else:
-        if device == "cpu":
-            keep_freed_memory()
         net, image = (x.to(device, memory_format=torch.channels_last_3d) for x in (VNet(), image))
         amp = resolve_amp("auto", torch.device(device))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from spss_fast.data.images import stem
 from spss_fast.data.layouts import RAW, Case, find_cases
 from spss_fast.data.output import SUFFIXES, suffix_of
 from spss_fast.errors import UserError
 
 ENDINGS = ", ".join(SUFFIXES)
 # names of files that say what they are, not of whom: the folder's name does
-GENERAL = {"image", *(image.partition(".")[0] for image, _ in RAW.values())}
+GENERAL = {"image", *(stem(Path(image)) for image, _ in RAW.values())}
 
 
 def find_inputs(paths: Sequence[Path]) -> list[Case]:

@@ -70,8 +70,10 @@ def batch_norm_relu(
     checks.has_channels("x", x)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     tracked = running_mean is not None or running_var is not None
-    running = {"running_mean": running_mean, "running_var": running_var} if tracked or not training else {}
-    for name, value in ({"weight": weight, "bias": bias} | running).items():
+    of_channels = [("weight", weight), ("bias", bias)]
+    if tracked or not training:
+        of_channels += [("running_mean", running_mean), ("running_var", running_var)]
+    for name, value in of_channels:
         checks.is_tensor(name, value, compute)
         checks.has_shape(name, value, (x.shape[1],), "x", x)
     if skip is not None:
