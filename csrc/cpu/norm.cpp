@@ -1,9 +1,9 @@
 // Batch norm, ReLU and the addition of a skip connection in two passes over memory forward, and in two backward.
 //
 // A tensor is cut into segments whose channels follow a pattern: channels last, a row of channels repeated; contiguous,
-// one channel throughout. One set of loops over patterns serves both. Sums are of the compute type within a segment,
-// about a value of the channel itself so that no digits cancel, and of float64 beyond it, in an order that the number
-// of threads does not change.
+// one channel throughout. One set of loops over patterns serves both. Of a slice of a channels-last tensor the loops see
+// one run of neighbours after the other. Sums are of the compute type within a segment, about a value of the channel
+// itself so that no digits cancel, and of float64 beyond it, in an order that the number of threads does not change.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -19,6 +19,60 @@ namespace {
 
 constexpr int64_t kSegment = 16384;  // elements, about
 constexpr int64_t kPattern = 64;     // shortest pattern: four registers of AVX-512
+constexpr int64_t kRun = 256;        // shortest run of neighbours that is worth a call
+
+// Channels last in any number of dimensions, slices among them; what else there is, is contiguous or will be.
+bool channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.stride(1) == 1; }
+
+at::Tensor in_order(const at::Tensor& t, bool last) {
+  return last ? t.movedim(1, -1).contiguous().movedim(-1, 1) : t.contiguous();
+}
+
+at::Tensor empty_in_order(const at::Tensor& t, bool last) {
+  const at::Tensor ordered = last ? t.movedim(1, -1) : t;
+  if (ordered.is_contiguous()) return at::empty_like(t);
+  const at::Tensor empty = at::empty(ordered.sizes(), t.options());
+  return last ? empty.movedim(-1, 1) : empty;
+}
+
+// The elements of a tensor in order, wherever they lie: runs of neighbours, along axes of constant stride.
+class Runs {
+ public:
+  Runs(const at::Tensor& t, bool last) {
+    const at::Tensor ordered = last ? t.movedim(1, -1) : t;
+    for (int64_t d = ordered.dim() - 1; d >= 0; --d) {
+      const int64_t size = ordered.size(d), stride = ordered.stride(d);
+      if (size == 1) continue;
+      if (axes_.empty() && stride == length_) length_ *= size;
+      else if (!axes_.empty() && stride == axes_.back().stride * axes_.back().size) axes_.back().size *= size;
+      else axes_.push_back({size, stride});
+    }
+  }
+
+  bool are_long() const { return axes_.empty() || length_ >= kRun; }
+
+  // body(offset, elements, place in memory) of each run, or part of one, of the `count` elements from `begin` on.
+  template <class Body>
+  void each(int64_t begin, int64_t count, Body body) const {
+    for (int64_t offset = 0, n; offset < count; offset += n) {
+      const int64_t skipped = (begin + offset) % length_;
+      int64_t run = (begin + offset) / length_, place = skipped;
+      for (const Axis& axis : axes_) place += run % axis.size * axis.stride, run /= axis.size;
+      n = std::min(length_ - skipped, count - offset);
+      body(offset, n, place);
+    }
+  }
+
+ private:
+  struct Axis {
+    int64_t size, stride;
+  };
+  int64_t length_ = 1;
+  std::vector<Axis> axes_;  // the innermost first
+};
+
+// `t` itself, if it can be gone through in place.
+at::Tensor readable(const at::Tensor& t, bool last) { return Runs(t, last).are_long() ? t : in_order(t, last); }
 
 struct Segment {
   int64_t begin, count, channel;  // the channel of a contiguous segment; 0 where all channels take turns
@@ -27,12 +81,12 @@ struct Segment {
 class Segments {
  public:
   int64_t channels, pattern, count;  // of x; elements a pattern; segments
+  bool last;                         // whether channels take turns
 
-  explicit Segments(const at::Tensor& x) : channels(x.size(1)) {
-    last_ = !x.is_contiguous();
+  Segments(const at::Tensor& x, bool channels_last) : channels(x.size(1)), last(channels_last) {
     total_ = x.numel();
-    run_ = last_ ? total_ : total_ / (x.size(0) * channels);
-    pattern = last_ ? channels * std::max<int64_t>(1, kPattern / channels) : kPattern;
+    run_ = last ? total_ : total_ / (x.size(0) * channels);
+    pattern = last ? channels * std::max<int64_t>(1, kPattern / channels) : kPattern;
     size_ = std::max<int64_t>(1, kSegment / pattern) * pattern;
     per_run_ = (run_ + size_ - 1) / size_;
     count = total_ / run_ * per_run_;
@@ -40,7 +94,7 @@ class Segments {
 
   Segment operator[](int64_t i) const {
     const int64_t run = i / per_run_, begin = i % per_run_ * size_;
-    return {run * run_ + begin, std::min(size_, run_ - begin), last_ ? 0 : run % channels};
+    return {run * run_ + begin, std::min(size_, run_ - begin), last ? 0 : run % channels};
   }
 
   // Per-channel numbers laid out as the segment's pattern, one row after the other, then `zeros` rows of 0.
@@ -50,13 +104,13 @@ class Segments {
     std::vector<T> out((rows.size() + zeros) * pattern);
     T* to = out.data();
     for (const std::vector<T>* values : rows)
-      for (int64_t i = 0; i < pattern; ++i) *to++ = (*values)[last_ ? i % channels : segment.channel];
+      for (int64_t i = 0; i < pattern; ++i) *to++ = (*values)[last ? i % channels : segment.channel];
     return out;
   }
 
   template <class T>
   void fold(const Segment& segment, const T* sums, double* out) const {
-    for (int64_t i = 0; i < pattern; ++i) out[last_ ? i % channels : segment.channel] += sums[i];
+    for (int64_t i = 0; i < pattern; ++i) out[last ? i % channels : segment.channel] += sums[i];
   }
 
   template <class Body>
@@ -75,7 +129,6 @@ class Segments {
   }
 
  private:
-  bool last_;
   int64_t total_, run_, size_, per_run_;
 };
 
@@ -220,6 +273,7 @@ template <class T, class scalar_t>
 void moments(const at::Tensor& x, const Segments& segments, std::vector<double>& mean,
              std::vector<double>& variance) {
   const int64_t channels = segments.channels;
+  const Runs runs(x, segments.last);
   const scalar_t* data = x.data_ptr<scalar_t>();
   std::vector<T> center(channels);
   for (int64_t c = 0; c < channels; ++c) center[c] = static_cast<T>(data[c * x.stride(1)]);
@@ -227,7 +281,9 @@ void moments(const at::Tensor& x, const Segments& segments, std::vector<double>&
   segments.run([&](int64_t i, const Segment& segment) {
     std::vector<T> work = segments.lay_out(segment, {&center}, 2);
     T *about = work.data(), *first = about + segments.pattern, *second = first + segments.pattern;
-    add_moments(data + segment.begin, segment.count, segments.pattern, about, first, second);
+    runs.each(segment.begin, segment.count, [&](int64_t, int64_t n, int64_t place) {
+      add_moments(data + place, n, segments.pattern, about, first, second);
+    });
     segments.fold(segment, first, &partial[i * 2 * channels]);
     segments.fold(segment, second, &partial[(i * 2 + 1) * channels]);
   });
@@ -258,34 +314,32 @@ struct Affine {
   }
 };
 
-at::MemoryFormat format_of(const at::Tensor& x) {
-  const auto last = x.dim() == 4 ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::ChannelsLast3d;
-  return x.dim() >= 4 && x.dim() <= 5 && x.is_contiguous(last) ? last : at::MemoryFormat::Contiguous;
-}
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
     const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
     const std::optional<at::Tensor>& added, const std::optional<at::Tensor>& mean_,
     const std::optional<at::Tensor>& variance_, double eps) {
   check_batch_norm_relu(input, weight, bias, added, mean_, variance_);
-  const auto format = format_of(input);
-  const at::Tensor x = input.contiguous(format);
-  const at::Tensor skip = added ? added->contiguous(format) : at::Tensor();
+  const bool last = channels_last(input);
+  const at::Tensor x = readable(input, last), skip = added ? in_order(*added, last) : at::Tensor();
   std::vector<double> mean(x.size(1)), variance(x.size(1));
   if (mean_) mean = numbers(*mean_), variance = numbers(*variance_);
-  at::Tensor y = with_huge_pages(at::empty_like(x));
+  at::Tensor y = with_huge_pages(empty_in_order(x, last));
   if (x.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batch_norm_relu", [&] {
       using T = compute_t<scalar_t>;
-      const Segments segments(x);
+      const Segments segments(x, last);
+      const Runs runs(x, last);
       if (!mean_) moments<T, scalar_t>(x, segments, mean, variance);
       const Affine<T> affine(weight, bias, mean, variance, eps);
       const scalar_t *from = x.data_ptr<scalar_t>(), *add = added ? skip.data_ptr<scalar_t>() : nullptr;
       scalar_t* to = y.data_ptr<scalar_t>();
       segments.run([&](int64_t, const Segment& s) {
         const std::vector<T> work = segments.lay_out(s, {&affine.scale, &affine.shift});
-        scale_relu(from + s.begin, add ? add + s.begin : nullptr, s.count, segments.pattern, work.data(),
-                   work.data() + segments.pattern, to + s.begin);
+        runs.each(s.begin, s.count, [&](int64_t offset, int64_t n, int64_t place) {
+          const int64_t at = s.begin + offset;
+          scale_relu(from + place, add ? add + at : nullptr, n, segments.pattern, work.data(),
+                     work.data() + segments.pattern, to + at);
+        });
       });
     });
   }
@@ -299,15 +353,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
   check_batch_norm_relu(input, weight, bias, {}, mean, variance);
   TORCH_CHECK_VALUE(grad_.sizes() == input.sizes() && grad_.scalar_type() == input.scalar_type(),
                     "grad must be of x's shape and dtype");
-  const auto format = format_of(input);
-  const at::Tensor x = input.contiguous(format), grad = grad_.contiguous(format);
+  const bool last = channels_last(input);
+  const at::Tensor x = readable(input, last), grad = in_order(grad_, last);
   const int64_t channels = x.size(1);
-  at::Tensor dx = with_huge_pages(at::empty_like(x));
+  at::Tensor dx = with_huge_pages(empty_in_order(x, last));
   std::vector<double> dweight(channels), dbias(channels);
   if (x.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "batch_norm_relu_backward", [&] {
       using T = compute_t<scalar_t>;
-      const Segments segments(x);
+      const Segments segments(x, last);
+      const Runs runs(x, last);
       const int64_t pattern = segments.pattern;
       const Affine<T> affine(weight, bias, numbers(mean), numbers(variance), eps);
       const scalar_t *from = x.data_ptr<scalar_t>(), *g = grad.data_ptr<scalar_t>();
@@ -315,8 +370,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
       segments.run([&](int64_t i, const Segment& s) {
         std::vector<T> work = segments.lay_out(s, {&affine.scale, &affine.shift, &affine.mean}, 2);
         T *row = work.data(), *first = row + 3 * pattern, *second = first + pattern;
-        add_gradients(g + s.begin, from + s.begin, s.count, pattern, row, row + pattern, row + 2 * pattern, first,
-                      second);
+        runs.each(s.begin, s.count, [&](int64_t offset, int64_t n, int64_t place) {
+          add_gradients(g + s.begin + offset, from + place, n, pattern, row, row + pattern, row + 2 * pattern, first,
+                        second);
+        });
         segments.fold(s, first, &partial[i * 2 * channels]);
         segments.fold(s, second, &partial[(i * 2 + 1) * channels]);
       });
@@ -335,8 +392,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
       segments.run([&](int64_t, const Segment& s) {
         const std::vector<T> work = segments.lay_out(s, {&affine.scale, &affine.shift, &affine.mean, &a, &b});
         const T* row = work.data();
-        input_gradient(g + s.begin, from + s.begin, s.count, pattern, row, row + pattern, row + 2 * pattern,
-                       row + 3 * pattern, row + 4 * pattern, to + s.begin);
+        runs.each(s.begin, s.count, [&](int64_t offset, int64_t n, int64_t place) {
+          const int64_t at = s.begin + offset;
+          input_gradient(g + at, from + place, n, pattern, row, row + pattern, row + 2 * pattern, row + 3 * pattern,
+                         row + 4 * pattern, to + at);
+        });
       });
     });
   }

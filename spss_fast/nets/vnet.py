@@ -58,6 +58,9 @@ class _NarrowConvolution(nn.Conv3d):
 
     A pair of outputs reads two pairs of inputs, so with pairs as channels the kernel is 3x3x2. One product in four is
     with zero, but fewer channels fill no vector: oneDNN takes longer, of a single channel twice as long.
+
+    Pairs of outputs lie between those of inputs. So a single channel is padded by a voxel at either end, and of several
+    the result is cut by as much: batch norm reads the slice where it is, and neither is copied.
     """
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,9 +69,12 @@ class _NarrowConvolution(nn.Conv3d):
         # the four taps that an output of either place in its pair lays over the four inputs
         taps = torch.stack([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))])
         weight = taps.unflatten(-1, (2, 2)).movedim(-1, 2).flatten(2, 3).flatten(0, 1)
-        pairs = F.pad(x, (1, 1)).unflatten(-1, (-1, 2)).movedim(-1, 1).flatten(1, 2)
-        y = F.conv3d(pairs, weight, None if bias is None else bias.repeat(2), padding=(1, 1, 0))
-        return y.unflatten(1, (2, -1)).movedim(1, -1).flatten(-2)
+        pad = x.shape[1] == 1
+        pairs = (F.pad(x, (1, 1)) if pad else x).unflatten(-1, (-1, 2)).movedim(-1, 1).flatten(1, 2)
+        y = F.conv3d(pairs, weight, None if bias is None else bias.repeat(2), padding=(1, 1, 0 if pad else 1))
+        y = y.movedim(1, -1).unflatten(-1, (2, -1)).flatten(3, 4)
+        # cut with the channels last, so that the gradient is padded where it lies
+        return (y if pad else y[..., 1:-1, :]).movedim(-1, 1)
 
 
 class _Convolutions(nn.Module):

@@ -17,9 +17,11 @@ from spss_fast.ops import backends, checks
 
 
 def dense(x: Tensor) -> Tensor:
-    """``x`` as it is if it is contiguous or channels last, else a contiguous copy."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
-    return x if x.is_contiguous(memory_format=last) else x.contiguous()
+    """``x``, or a copy where its elements do not lie in order: channels last, in any number of dimensions, if its
+    channels lie side by side without it being contiguous; else contiguous."""
+    if x.is_contiguous() or x.stride(1) != 1:
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def reference(
@@ -27,7 +29,8 @@ def reference(
     momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:
     """The definition of :func:`batch_norm_relu` with torch's own operators."""
-    x = dense(x)  # torch sums a strided half-precision tensor less exactly on the CPU
+    # torch sums a strided half-precision tensor less exactly on the CPU
+    x = dense(x) if x.ndim in (4, 5) else x.contiguous()
     # torch 2.13's CPU backward misreads a strided weight of a tensor with one voxel a volume
     weight, bias = weight.contiguous(), bias.contiguous()
     # x + offset about the mean is x about the mean without it
@@ -47,7 +50,8 @@ def batch_norm_relu(
     """``relu(batch_norm(x + offset)) + skip``, differentiable in x, weight, bias and skip.
 
     Args:
-        x: (B, C, *spatial), floating; read in place if contiguous or channels last; half types are computed in float32.
+        x: (B, C, *spatial), floating; read in place if contiguous or channels last, by the C++ operator also if it is a
+            slice of a channels-last tensor; half types are computed in float32.
         weight, bias: (C,), of the compute type.
         running_mean, running_var: (C,), of the compute type; in training they move towards the batch's, in place, or
             are None where nobody will read them.
@@ -60,7 +64,8 @@ def batch_norm_relu(
             neither).
 
     Returns:
-        Of x's shape, dtype and memory format. Deterministic. The gradient is once differentiable.
+        Of x's shape, dtype and memory format, which is channels last if x has its channels side by side without being
+        contiguous. Deterministic. The gradient is once differentiable.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.

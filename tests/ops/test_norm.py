@@ -69,11 +69,48 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
     assert y.is_contiguous(memory_format=memory_format)
 
 
-def test_compile_is_told_the_strides_of_permuted_inputs():
-    x = torch.randn(4, 3, 2, 5, 6).permute(0, 4, 2, 1, 3)  # dense, but neither contiguous nor channels last
+def last(*shape):
+    """Channels last, in any number of dimensions; ``shape`` names them last, too."""
+    return torch.randn(shape).movedim(-1, 1)
+
+
+STRIDED = {
+    "a slice whose runs are long": lambda: last(2, 3, 5, 50, 6)[..., 1:-1],
+    "a slice whose runs are short": lambda: last(2, 7, 5, 9, 6)[..., 1:-1],
+    "long runs along two axes": lambda: last(2, 5, 9, 50, 6)[..., 1:, 2:-2, 1:-1],
+    "some of the channels": lambda: last(2, 7, 5, 9, 8)[:, 1:7],
+    "every other volume, contiguous": lambda: torch.randn(6, 6, 7, 8, 9)[::2],
+    "channels last in one dimension": lambda: last(3, 700, 6),
+    "an expanded axis": lambda: last(3, 1, 60, 6).expand(3, 6, 4, 60),
+    "axes in another order": lambda: torch.randn(4, 3, 2, 5, 6).permute(0, 4, 2, 1, 3),
+}
+
+
+@pytest.mark.parametrize("name", available("norm", "cpu"))
+@pytest.mark.parametrize("kind", STRIDED)
+def test_strided_inputs_give_what_their_copies_give(kind, name):
+    torch.manual_seed(0)
+    x = STRIDED[kind]()
+    skip, grad = torch.randn(2, *x.shape)
+    results = []
+    for given in (x, x.contiguous()):
+        leaves = [given.detach().requires_grad_(), *(value.requires_grad_() for value in parameters(6)[:2])]
+        with backend(name):
+            y = batch_norm_relu(*leaves, None, None, True, skip=skip)
+        results.append([y, *torch.autograd.grad(y, leaves, grad)])
+    for actual, expected in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    y = results[0][0]
+    if name != "reference":
+        assert y.movedim(1, -1).is_contiguous() if x.stride(1) == 1 else y.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", STRIDED)
+def test_compile_is_told_the_strides_of_strided_inputs(kind):
+    x = STRIDED[kind]()
     weight, bias = (value.requires_grad_() for value in parameters(6)[:2])
     results = torch.library.opcheck(
-        torch.ops.spss_fast.batch_norm_relu.default, (x.requires_grad_(), weight, bias, None, None, None, 1e-5)
+        torch.ops.spss_fast.batch_norm_relu.default, (x.detach().requires_grad_(), weight, bias, None, None, None, 1e-5)
     )
     assert set(results.values()) == {"SUCCESS"}
 
