@@ -25,6 +25,7 @@ from spss_fast.engine.pseudo_labels import fuse, registration_labels
 from spss_fast.errors import UserError
 from spss_fast.evaluate import load_student
 from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.nets.vnet import teacher_of
 from spss_fast.ops.uncertainty import uncertainty_mask
 from spss_fast.reporting.record import Record
 
@@ -62,7 +63,7 @@ class _Networks:
         self.amp = resolve_amp(record.config.training.amp, device)
         self.student = load_student(content, device)
         # the same network, in training mode as ever: its dropout is the Monte-Carlo dropout
-        self.teacher = load_student(content | {"student": content["teacher"]}, device).train()
+        self.teacher = teacher_of(load_student(content | {"student": content["teacher"]}, device)).train()
         self.registration = RegistrationNet().to(device, memory_format=torch.channels_last)
         self.registration.load_state_dict(content["registration"])
 
