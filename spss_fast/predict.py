@@ -116,6 +116,8 @@ def predict(
                         "label values of --classes: give the run of these weights")
     outputs = [output_paths(case, out, classes, probabilities, entropy) for case in cases]
     refuse_clashes(cases, outputs)
+    if any(Path(path).resolve() == out.resolve() for path in given):
+        raise UserError(f"{out} holds the scans, and predictions there would be taken for scans: choose another folder")
     precision = resolve_amp(amp or config.training.amp, where)
     options = Options(overlap, mirror, largest_component, tiles, precision, config.network.statistics)
     _claim(out, _record(network, config, options), [path for paths in outputs for path in paths.values()], overwrite)

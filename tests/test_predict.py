@@ -167,6 +167,13 @@ def test_files_that_no_prediction_wrote_are_never_replaced(run, tmp_path):
     assert not (tmp_path / "labelsTr" / "predict.json").exists()
 
 
+def test_predictions_do_not_go_among_the_cases(run, tmp_path):
+    write_image(tmp_path / "scans" / "a" / "imaging.nii.gz", ball()[0])
+    with pytest.raises(UserError, match="holds the scans, and predictions there would be taken for scans"):
+        _predict(tmp_path / "scans", tmp_path / "scans", run)
+    assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a"]
+
+
 def test_empty_label_maps_are_named(tmp_path, capsys):
     write_la(tmp_path / "la", 2)
     run = write_run(tmp_path / "never", resolve("folder", SMALL), thresholding_weights(50.0))
