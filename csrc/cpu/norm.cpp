@@ -24,22 +24,22 @@ constexpr int64_t kRun = 256;        // shortest run of neighbours that is worth
 // Channels last in any number of dimensions, slices among them; what else there is, is contiguous or will be.
 bool channels_last(const at::Tensor& t) { return !t.is_contiguous() && t.stride(1) == 1; }
 
-at::Tensor in_order(const at::Tensor& t, bool last) {
-  return last ? t.movedim(1, -1).contiguous().movedim(-1, 1) : t.contiguous();
-}
+// The axes as they are gone through, and back.
+at::Tensor forth(const at::Tensor& t, bool last) { return last ? t.movedim(1, -1) : t; }
+at::Tensor back(const at::Tensor& t, bool last) { return last ? t.movedim(-1, 1) : t; }
+
+at::Tensor in_order(const at::Tensor& t, bool last) { return back(forth(t, last).contiguous(), last); }
 
 at::Tensor empty_in_order(const at::Tensor& t, bool last) {
-  const at::Tensor ordered = last ? t.movedim(1, -1) : t;
-  if (ordered.is_contiguous()) return at::empty_like(t);
-  const at::Tensor empty = at::empty(ordered.sizes(), t.options());
-  return last ? empty.movedim(-1, 1) : empty;
+  const at::Tensor ordered = forth(t, last);
+  return ordered.is_contiguous() ? at::empty_like(t) : back(at::empty(ordered.sizes(), t.options()), last);
 }
 
 // The elements of a tensor in order, wherever they lie: runs of neighbours, along axes of constant stride.
 class Runs {
  public:
   Runs(const at::Tensor& t, bool last) {
-    const at::Tensor ordered = last ? t.movedim(1, -1) : t;
+    const at::Tensor ordered = forth(t, last);
     for (int64_t d = ordered.dim() - 1; d >= 0; --d) {
       const int64_t size = ordered.size(d), stride = ordered.stride(d);
       if (size == 1) continue;
