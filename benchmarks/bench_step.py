@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from spss_fast.config import Config, resolve
 from spss_fast.data.sampling import Batch
 from spss_fast.engine.device import keep_freed_memory, resolve_amp
-from spss_fast.engine.registration import registration_steps
+from spss_fast.engine.registration import registration_steps, sample_pairs
 from spss_fast.engine.step import State, joint_iteration
 from spss_fast.nets.vnet import VNet
 from spss_fast.ops import backend
@@ -142,10 +142,13 @@ def registration(provider: str, config: Config, device: str):
     volumes = data(config.data.patch).image[:, 0].to(state.device)
 
     def run():
+        pairs = sample_pairs(volumes, config.registration)
         if provider == "spss_fast":
-            return state.registration_steps(volumes, None)
+            return state.registration_steps(volumes, None, *pairs)
         with backend("reference"):
-            return registration_steps(state.registration, state.adam, volumes, None, config.registration, state.amp)
+            return registration_steps(
+                state.registration, state.adam, volumes, None, pairs, config.registration, state.amp
+            )
 
     return run
 

@@ -18,7 +18,7 @@ from spss_fast.config import RegistrationSettings
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import selfpaced
 from spss_fast.engine.pseudo_labels import fuse, restore_annotation, voxel_weights
-from spss_fast.engine.registration import registration_steps
+from spss_fast.engine.registration import registration_steps, sample_pairs
 from spss_fast.engine.step import State, seed_for
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
@@ -147,7 +147,11 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
     annotation, index = batch.annotation.to(state.device), batch.index.to(state.device)
     labeled, volumes = len(annotation), image[:, 0]
 
-    loss_registration = registration_steps(state.registration, state.adam, volumes, None, registration, None)  # 1
+    def steps(volumes: Tensor, labels: Tensor | None) -> Tensor:
+        pairs = sample_pairs(volumes, registration)
+        return registration_steps(state.registration, state.adam, volumes, labels, pairs, registration, None)
+
+    loss_registration = steps(volumes, None)  # 1
     label_reg = slice_chain(state.registration, volumes[:labeled], annotation, index, registration)  # 2
 
     logits_s = state.student(image)[:labeled]  # 3
@@ -188,7 +192,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
     (loss_s + loss_u + loss_c).backward()
     state.sgd.step()
     update_teacher(state.teacher, state.student, t, training.ema)
-    registration_steps(state.registration, state.adam, volumes[:labeled], label[:, None], registration, None)  # 10
+    steps(volumes[:labeled], label[:, None])  # 10
     state.iteration += 1
     return {"loss_s": loss_s.detach(), "loss_u": loss_u.detach(), "loss_c": loss_c.detach(),
             "loss_registration": loss_registration}

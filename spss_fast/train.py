@@ -119,13 +119,14 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
         closing(batches(sampler, state.device, state.iteration, config.data.loader)) as loader,
     ):
         while state.iteration < training.iterations:
-            with phase("data"):
+            with state.beside(), phase("data"):
                 batch = next(loader)
             outputs = joint_iteration(state, batch)
             t = state.iteration
             if profile is not None:
                 profile.step()
             if t % training.log_every == 0 or t == training.iterations:
+                state.settle()
                 row = {name: float(value) for name, value in outputs.metrics.items()}
                 if not math.isfinite(row["loss"]):
                     raise UserError(f"the loss is {row['loss']} at iteration {t}, so training has failed: try a lower "
@@ -145,6 +146,7 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
 
 def finish(state: State, dataset: Dataset, loader: Iterator[Batch], folder: RunFolder, console: Console) -> None:
     """Settle the student's batch norm for inference, and measure the registration labels where they can be."""
+    state.settle()
     refresh = state.config.training.refresh_batches
     if refresh:
         refresh_batch_norm(state.student, (batch.image for batch in islice(loader, refresh)), state.amp)

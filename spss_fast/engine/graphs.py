@@ -5,44 +5,54 @@ Source: torch.cuda.graph, whole-network capture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Output = Tensor | tuple[Tensor, ...]
+
+
+def each(function: Callable[[Tensor], Tensor], output: Output) -> Output:
+    """``function`` of a tensor, or of every one of a tuple."""
+    return function(output) if isinstance(output, Tensor) else tuple(map(function, output))
+
 
 @dataclass
 class Recording:
-    """A graph, the inputs that it reads and the output that it writes, at fixed addresses."""
+    """A graph, the inputs that it reads, and the outputs and gradients that it writes, at fixed addresses."""
 
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor | None, ...]
-    output: Tensor
+    output: Output
+    gradients: list[tuple[Tensor, Tensor | None]]  # of each parameter
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Output:
         for own, given in zip(self.inputs, inputs):
             if own is not None:
                 own.copy_(given)
         self.graph.replay()
-        return self.output.clone()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return each(Tensor.clone, self.output)
 
 
 class Replayed:
-    """``function`` of GPU tensors (or None in their place), replayed as a CUDA graph; it returns one tensor.
+    """``function`` of GPU tensors (or None in their place), replayed as a CUDA graph; it returns a tensor or several.
 
     The first call with inputs of a shape runs as any other code: it does its work, and brings what recording must find
     in place, compiled kernels and the state of optimizers. The second one records a graph, which that call and all
     later ones launch. Random numbers are those that the same calls would draw unrecorded: the generator is read at
     every launch. ``function`` may not wait for the GPU, and what it changes, such as weights, has to stay where it is
-    in memory.
+    in memory. Where it leaves gradients in ``parameters``, it begins by setting them to None.
     """
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Output], parameters: Iterable[Tensor] = ()) -> None:
+        self.function, self.parameters = function, list(parameters)
         self.recordings: dict[tuple, Recording | None] = {}  # None after a first call
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Output:
         key = tuple(None if x is None else (x.shape, x.stride(), x.dtype) for x in inputs)
         if key not in self.recordings:
             self.recordings[key] = None
@@ -51,14 +61,15 @@ class Replayed:
             self.recordings[key] = self._record(*inputs)
         return self.recordings[key](*inputs)
 
-    def _first(self, *inputs: Tensor | None) -> Tensor:
+    def _first(self, *inputs: Tensor | None) -> Output:
         """On a stream of its own, as capture does: autograd keeps what it makes on the stream where it made it."""
         outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
         stream.wait_stream(outside)
         with torch.cuda.stream(stream):
             output = self.function(*inputs)
         outside.wait_stream(stream)
-        output.record_stream(outside)
+        for tensor in [output] if isinstance(output, Tensor) else output:
+            tensor.record_stream(outside)
         return output
 
     def _record(self, *inputs: Tensor | None) -> Recording:
@@ -67,4 +78,4 @@ class Replayed:
         # a loader's thread may use the GPU meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = self.function(*own)
-        return Recording(graph, own, output)
+        return Recording(graph, own, output, [(parameter, parameter.grad) for parameter in self.parameters])

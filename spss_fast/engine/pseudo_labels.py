@@ -16,7 +16,7 @@ from spss_fast.engine.device import upload
 from spss_fast.engine.registration import neighbour_flows
 from spss_fast.ops.propagate import propagate
 
-_FILLING = ThreadPoolExecutor(1, "fill_holes")
+_FILLING = ThreadPoolExecutor(4, "fill_holes")
 
 def registration_labels(
     network: nn.Module, volumes: Tensor, annotation: Tensor, index: Tensor, classes: int,
@@ -125,7 +125,7 @@ def fuse(registration: Tensor, probability: Tensor, teacher_weight: float) -> Fu
     """Step 8: the teacher's labels L_seg = argmax p_t and the fused y = argmax[(1 - w_p) onehot(L_reg) + w_p p_t].
 
     ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t, ``teacher_weight`` w_p.
-    Where they are on a GPU a thread fills the holes, and the caller waits for neither of them.
+    Where they are on a GPU threads fill the holes, and the caller waits for neither of them.
     """
     classes, foreground = probability.shape[1], probability[:, 1:].float()
     fused = (1 - teacher_weight) * foreground_masks(registration, classes).float() + teacher_weight * foreground
@@ -136,11 +136,12 @@ def fuse(registration: Tensor, probability: Tensor, teacher_weight: float) -> Fu
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def fill() -> Tensor:
+    def fill(label: Tensor) -> Tensor:
         arrived.synchronize()
-        return fill_holes(host.flatten(0, 1), classes).view_as(host)
+        return fill_holes(label, classes)
 
-    return FusedLabels(_FILLING.submit(fill).result)
+    filling = [_FILLING.submit(fill, label) for label in host.flatten(0, 1).split(1)]
+    return FusedLabels(lambda: torch.cat([future.result() for future in filling]).view_as(host))
 
 
 def most_probable(foreground: Tensor) -> Tensor:

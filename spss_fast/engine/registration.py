@@ -34,32 +34,34 @@ def soft_dice_loss(warped: Tensor, fixed: Tensor) -> Tensor:
     return (1 - dice).mean()
 
 
-def sample_pairs(volumes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` random neighbouring slices of ``volumes`` (B, h, w, d), as indices (volume, moving z, fixed z)."""
+def sample_pairs(volumes: Tensor, settings: RegistrationSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Random neighbouring slices of ``volumes`` (B, h, w, d), some for every step: the indices (volume, moving z,
+    fixed z), each (registration_steps, registration_pairs) int64."""
     batch, depth = volumes.shape[0], volumes.shape[-1]
-    volume = torch.randint(batch, (count,), device=volumes.device)
-    lower = torch.randint(depth - 1, (count,), device=volumes.device)
-    upwards = torch.randint(2, (count,), device=volumes.device)
+    shape = settings.registration_steps, settings.registration_pairs
+    volume = torch.randint(batch, shape, device=volumes.device)
+    lower = torch.randint(depth - 1, shape, device=volumes.device)
+    upwards = torch.randint(2, shape, device=volumes.device)
     return volume, lower + 1 - upwards, lower + upwards
 
 
 def registration_steps(
     network: nn.Module, optimizer: torch.optim.Optimizer, volumes: Tensor, labels: Tensor | None,
-    settings: RegistrationSettings, amp: torch.dtype | None, scaler: torch.amp.GradScaler | None = None,
+    pairs: tuple[Tensor, Tensor, Tensor], settings: RegistrationSettings, amp: torch.dtype | None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Ten optimizer steps on random neighbouring pairs; returns the last loss, a detached scalar.
+    """Ten optimizer steps, each on the next row of ``pairs``; returns the last loss, a detached scalar.
 
-    ``volumes`` (B, h, w, d) images. Without ``labels`` the loss is the image similarity (stage 1, step 1); with
-    ``labels``, the fused ones as foreground masks (B, C - 1, h, w, d), their Dice after the warp joins it (step 10).
-    The network runs under autocast to ``amp``, everything after it in float32. ``scaler`` keeps fp16 gradients from
-    vanishing.
+    ``volumes`` (B, h, w, d) images, ``pairs`` their neighbouring slices by :func:`sample_pairs`. Without ``labels`` the
+    loss is the image similarity (stage 1, step 1); with ``labels``, the fused ones as foreground masks
+    (B, C - 1, h, w, d), their Dice after the warp joins it (step 10). The network runs under autocast to ``amp``,
+    everything after it in float32. ``scaler`` keeps fp16 gradients from vanishing.
     """
     scaler = scaler or torch.amp.GradScaler(volumes.device.type, enabled=False)
     slices = volumes.movedim(-1, 1).contiguous()  # (B, d, h, w): a pair is two rows
     label_slices = None if labels is None else labels.movedim(-1, 1).to(volumes.dtype).contiguous()
     loss = volumes.new_zeros(())
-    for _ in range(settings.registration_steps):
-        volume, from_z, to_z = sample_pairs(volumes, settings.registration_pairs)
+    for volume, from_z, to_z in zip(*pairs):
         moving, fixed = slices[volume, from_z][:, None], slices[volume, to_z][:, None]
         with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
             displacement = network(moving, fixed).float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +17,7 @@ from spss_fast.engine.device import upload
 from spss_fast.engine.graphs import Replayed
 from spss_fast.engine.profiling import phase
 from spss_fast.engine.pseudo_labels import foreground_masks, fuse, registration_labels, voxel_weights
-from spss_fast.engine.registration import registration_steps
+from spss_fast.engine.registration import registration_steps, sample_pairs
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops.contrastive import contrastive_loss
@@ -25,7 +27,12 @@ from spss_fast.ops.uncertainty import uncertainty_mask
 
 @dataclass
 class State:
-    """Everything that training changes: networks, optimizers, the clock, and the pace of the last iteration."""
+    """Everything that training changes: networks, optimizers, the clock, and the pace of the last iteration.
+
+    On a GPU the networks' work is launched as CUDA graphs, and what concerns registration runs on a second stream,
+    beside the V-Nets: many small kernels, which leave most of the GPU to them. So between two iterations call
+    :meth:`settle` before anything here is read or changed.
+    """
 
     config: Config
     device: torch.device
@@ -37,14 +44,17 @@ class State:
     adam: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)  # of the student's loss; does nothing but in fp16
     registration_scaler: torch.amp.GradScaler = field(init=False)
-    # (volumes, labels or None) -> loss: all steps of `registration_steps`, on a GPU in one launch
-    registration_steps: Callable[[Tensor, Tensor | None], Tensor] = field(init=False)
-    # m -> sum of the teacher's softmax: all its passes, on a GPU in one launch
+    # the functions of the same names below; on a GPU each is one launch
+    registration_steps: Callable[..., Tensor] = field(init=False)
+    teacher_passes: Callable[..., tuple[Tensor, ...]] = field(init=False)
     monte_carlo: Callable[[Tensor], Tensor] = field(init=False)
+    student_passes: Callable[..., tuple[Tensor, ...]] = field(init=False)
     epoch: int = 0  # of stage 1
     iteration: int = 0  # t, of stage 2
     average: optimizers.Average = field(init=False)  # how the teacher follows the student
     last_loss: Tensor = field(init=False)  # L_pace of the last iteration; inf before the first
+    stream: torch.cuda.Stream | None = field(init=False)  # of registration, on a GPU
+    settled: bool = True  # whether that stream has yet to wait for the current one
 
     def __post_init__(self) -> None:
         network, training = self.config.network, self.config.training
@@ -63,26 +73,47 @@ class State:
         self.scaler, self.registration_scaler = (
             torch.amp.GradScaler(self.device.type, enabled=scaled) for _ in range(2)
         )
-        self.registration_steps, self.monte_carlo = self._registration_steps, self._monte_carlo
-        if self.device.type == "cuda":
-            self.monte_carlo = Replayed(self._monte_carlo)
-        # gradient scaling decides on the host whether to step, and apex's Adam counts its steps there
-        if self.device.type == "cuda" and not scaled and training.optimizer == "torch":
-            self.registration_steps = Replayed(self._registration_steps)
         self.last_loss = torch.tensor(float("inf"), dtype=torch.float64, device=self.device)
-
-    def _registration_steps(self, volumes: Tensor, labels: Tensor | None) -> Tensor:
-        return registration_steps(
-            self.registration, self.adam, volumes, labels, self.config.registration, self.amp, self.registration_scaler
-        )
-
-    def _monte_carlo(self, mixed: Tensor) -> Tensor:
-        config = self.config
-        return selfpaced.monte_carlo(self.teacher, mixed, config.data.class_count, config.selection, self.amp)
+        bound = [functools.partial(f, self) for f in (_registration_steps, teacher_passes, monte_carlo, student_passes)]
+        self.stream = None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)
+            bound[1:] = Replayed(bound[1]), Replayed(bound[2]), Replayed(bound[3], self.student.parameters())
+            # gradient scaling decides on the host whether to step, and apex's Adam counts its steps there
+            if not scaled and training.optimizer == "torch":
+                bound[0] = Replayed(bound[0])
+        self.registration_steps, self.teacher_passes, self.monte_carlo, self.student_passes = bound
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the segmentation networks; losses take their outputs in float32."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def beside(self) -> contextlib.AbstractContextManager:
+        """A context whose GPU work runs on the stream of registration; on a CPU it does nothing."""
+        if self.stream is None:
+            return contextlib.nullcontext()
+        if self.settled:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+            self.settled = False
+        return torch.cuda.stream(self.stream)
+
+    def settle(self) -> None:
+        """Have what follows on the current stream wait for registration, and the reverse."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            self.settled = True
+
+    def wait(self, event: torch.cuda.Event | None, *tensors: Tensor) -> None:
+        """Have the current stream wait for ``event``, and keep the memory of ``tensors`` until it is done with them."""
+        if event is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(event)
+            for tensor in tensors:
+                tensor.record_stream(stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event on the current stream; None on a CPU, where nothing is ahead of anything."""
+        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
 
 
 @dataclass
@@ -105,58 +136,131 @@ def seed_for(seed: int, stage: int, position: int) -> int:
 def registration_epoch(state: State, batches: Iterable[Batch]) -> Tensor:
     """Stage 1: one epoch of registration pre-training; returns the last loss."""
     torch.manual_seed(seed_for(state.config.training.seed, 1, state.epoch))
+    settings = state.config.registration
     for batch in batches:
-        loss = state.registration_steps(batch.image.to(state.device)[:, 0], None)
+        volumes = batch.image.to(state.device)[:, 0]
+        loss = state.registration_steps(volumes, None, *sample_pairs(volumes, settings))
     state.epoch += 1
     return loss
 
 
+def _registration_steps(state: State, volumes: Tensor, labels: Tensor | None, *pairs: Tensor) -> Tensor:
+    return registration_steps(
+        state.registration, state.adam, volumes, labels, pairs, state.config.registration, state.amp,
+        state.registration_scaler,
+    )
+
+
+@torch.no_grad()
+def teacher_passes(state: State, image: Tensor, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's softmax on the noisy image (step 3), and its logits on the views (step 5)."""
+    with phase("teacher"), state.autocast():
+        noisy = state.teacher(selfpaced.clipped_noise(image, state.config.selection))
+        return noisy.float().softmax(1), state.teacher(view1), state.teacher(view2)
+
+
+def monte_carlo(state: State, mixed: Tensor) -> Tensor:
+    """Sum of the softmax of the Monte-Carlo passes (step 4)."""
+    config = state.config
+    with phase("teacher"):
+        return selfpaced.monte_carlo(state.teacher, mixed, config.data.class_count, config.selection, state.amp)
+
+
+def student_passes(
+    state: State, image: Tensor, mixed: Tensor, view1: Tensor, view2: Tensor, label: Tensor, weights: Tensor,
+    pseudo_label: Tensor, mask: Tensor, ramp: Tensor,
+) -> tuple[Tensor, ...]:
+    """The student's passes, the losses, and their gradients in its parameters (steps 3 and 5 to 9).
+
+    ``label`` and ``weights`` (L, h, w, d) belong to the first volumes of ``image``, ``pseudo_label`` and ``mask``
+    (B, h, w, d) to ``mixed``; ``ramp`` is w(t), a scalar. Returns the loss, L_s, L_u, L_c and L_pace, and the
+    student's labels (L, h, w, d) uint8, all detached.
+    """
+    student, selection, labeled = state.student, state.config.selection, len(label)
+    with phase("student"), state.autocast():
+        # 3. on the clean view; the whole batch, for the batch norm's sake
+        logits_s = student(image)[:labeled].float()
+        # 5. on m
+        encoded_m = student.encode(mixed)
+        decoded_m = student.decode(encoded_m)
+        logits_m, features_m = student.classify(decoded_m).float(), student.project(encoded_m).float()
+        with torch.no_grad():
+            classes_m = student.class_map(decoded_m).float()
+        # 7. no loss needs A2's decoder, nor gradients through A1's
+        encoded_a = student.encode(view1)
+        features_a = student.project(encoded_a).float()
+        features_b = student.project(student.encode(view2)).float()
+        with torch.no_grad():
+            classes_a = student.class_map(student.decode(encoded_a)).float()
+    with phase("losses"):
+        # 6. unsupervised loss over the selected voxels
+        ce_m, dice_m, dice_all = masked_ce_dice(logits_m, pseudo_label, mask, selection.unsupervised_ce)
+        loss_u = ramp * (ce_m + dice_m)
+        # 7. SC
+        loss_c = ramp * contrastive_loss(
+            features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature,
+            selection.contrast == "bidirectional",
+        )
+        # 8. supervised loss on the fused labels
+        ce, dice = weighted_ce_dice(logits_s, label.long(), weights)
+        loss_s = 0.5 * (ce + 0.3 * dice)
+        loss = loss_s + loss_u + loss_c
+    # 9. gradients
+    state.sgd.zero_grad(set_to_none=True)
+    with phase("student"):
+        state.scaler.scale(loss).backward()
+    losses = (loss, loss_s, loss_u, loss_c, (ce_m + dice_all).double())
+    return *(x.detach() for x in losses), logits_s.detach().max(1).indices.to(torch.uint8)
+
+
 def joint_iteration(state: State, batch: Batch) -> Outputs:
-    """Stage 2, one iteration: the numbered steps are METHOD's."""
+    """Stage 2, one iteration: the numbered steps are METHOD's.
+
+    On a GPU it returns before that has done the work. ``batch`` is ready there on the stream of ``state.beside()``;
+    of the outputs, ``loss_registration_labels`` may be looked at after ``state.settle()``.
+    """
     config, t = state.config, state.iteration
     registration, selection, training = config.registration, config.selection, config.training
     classes = config.data.class_count
     torch.manual_seed(seed_for(training.seed, 2, t))
-    channels_last = {"device": state.device, "memory_format": torch.channels_last_3d}
-    image, view1, view2 = (x.to(**channels_last) for x in (batch.image, batch.view1, batch.view2))
-    annotation, index = (upload(x, state.device) for x in (batch.annotation, batch.index))
-    labeled = len(annotation)
-    volumes = image[:, 0]
     state.student.train()
     state.teacher.train()  # its dropout is the Monte-Carlo dropout, its batch norm uses the batch
 
-    # 1. registration steps without labels
-    with phase("registration"):
-        registration_loss = state.registration_steps(volumes, None)
-    # 2. registration labels
-    with phase("propagation"):
-        label_reg = registration_labels(
-            state.registration, volumes[:labeled], batch.annotation, index, classes, registration, state.amp
-        )
+    with state.beside():
+        channels_last = {"device": state.device, "memory_format": torch.channels_last_3d}
+        image, view1, view2 = (x.to(**channels_last) for x in (batch.image, batch.view1, batch.view2))
+        annotation, index = (upload(x, state.device) for x in (batch.annotation, batch.index))
+        volumes, labeled = image[:, 0], len(annotation)
+        ready = state.mark()
+        # 1. registration steps without labels
+        with phase("registration"):
+            registration_loss = state.registration_steps(volumes, None, *sample_pairs(volumes, registration))
+        # 2. registration labels
+        with phase("propagation"):
+            label_reg = registration_labels(
+                state.registration, volumes[:labeled], batch.annotation, index, classes, registration, state.amp
+            )
 
-    # 3. student on the clean view, teacher on the noisy one; the whole batch, for the batch norm's sake
-    with phase("student"), state.autocast():
-        logits_s = state.student(image)[:labeled].float()
-    with phase("teacher"), state.autocast(), torch.no_grad():
-        logits_t = state.teacher(selfpaced.clipped_noise(image, selection))[:labeled].float()
-        probability_t = logits_t.softmax(1)
+    # 3 and 5, the teacher's half: on the noisy image and on both views
+    state.wait(ready, image, view1, view2, annotation, index)
+    probability_t, logits_1, logits_2 = state.teacher_passes(image, view1, view2)
+    taught = state.mark()
 
     # 8, first half: the host fills the holes of these labels while a GPU goes on with the passes that follow
-    with phase("losses"):
+    with state.beside(), phase("losses"):
+        state.wait(taught, probability_t)
         w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
-        fused = fuse(label_reg, probability_t, w_p)
+        fused = fuse(label_reg, probability_t[:labeled], w_p)
+        fused_there = state.mark()
 
-    # 5, first half: the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
-    height, width = image.shape[2:4]
-    box = selfpaced.random_box(height, width)
+    # 5. the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
+    box = selfpaced.random_box(*image.shape[2:4])
     mixed = box.paste(view1, view2)
-    with phase("teacher"), state.autocast(), torch.no_grad():
-        logits = box.paste(state.teacher(view1), state.teacher(view2))
-        pseudo_label = logits.max(1).indices  # argmax is the same, and many times slower on CPUs
+    pseudo_label = box.paste(logits_1, logits_2).max(1).indices  # argmax is the same, and many times slower on CPUs
 
     # 4. SU: Monte-Carlo entropy, and the K least uncertain voxels of the batch
-    with phase("teacher"), torch.no_grad():
-        total = state.monte_carlo(mixed)
+    total = state.monte_carlo(mixed)
+    with phase("teacher"):
         weight = selfpaced.ramp(t, selection)
         epoch = t // max(1, config.data.n_labeled // training.batch_labeled)
         lam = selfpaced.threshold(epoch, selection)
@@ -165,69 +269,45 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         )
         entropy, mask = uncertainty_mask(total, selection.passes, keep)
 
-    # 5, second half: student on m
-    with phase("student"), state.autocast():
-        encoded_m = state.student.encode(mixed)
-        decoded_m = state.student.decode(encoded_m)
-        logits_m = state.student.classify(decoded_m).float()
-        features_m = state.student.project(encoded_m).float()
-        with torch.no_grad():
-            classes_m = state.student.class_map(decoded_m).float()
-
-    # 6. unsupervised loss over the selected voxels
-    with phase("losses"):
-        ce_m, dice_m, dice_all = masked_ce_dice(logits_m, pseudo_label, mask, selection.unsupervised_ce)
-        loss_u = weight * (ce_m + dice_m)
-        state.last_loss = (ce_m + dice_all).detach().double()
-
-    # 7. SC: no loss needs A2's decoder, nor gradients through A1's
-    with phase("student"), state.autocast():
-        encoded_a = state.student.encode(view1)
-        features_a = state.student.project(encoded_a).float()
-        features_b = state.student.project(state.student.encode(view2)).float()
-        with torch.no_grad():
-            classes_a = state.student.class_map(state.student.decode(encoded_a)).float()
-    with phase("losses"):
-        loss_c = weight * contrastive_loss(
-            features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature,
-            selection.contrast == "bidirectional",
-        )
-
-    # 8, second half: fused labels, and the supervised loss on them
+    # 8, second half: fused labels, and the weights of the supervised loss on them
     with phase("losses"):
         label_seg, label = fused.finished(annotation, index)
+        labels_there = state.mark()
+        state.wait(fused_there, label_reg)
         weights = voxel_weights(
             label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
             training.label_weights == "truncated",
         )
-        ce, dice = weighted_ce_dice(logits_s, label.long(), weights)
-        loss_s = 0.5 * (ce + 0.3 * dice)
+
+    # 3, 5, 6, 7 and 9: the student's passes, all losses and their gradients
+    ramp = torch.full((), weight, device=state.device)
+    loss, loss_s, loss_u, loss_c, state.last_loss, prediction = state.student_passes(
+        image, mixed, view1, view2, label, weights, pseudo_label, mask, ramp
+    )
 
     # 9. one SGD step, then the teacher's moving average
-    loss = loss_s + loss_u + loss_c
     for group in state.sgd.param_groups:
         group["lr"] = training.lr * training.lr_factor ** (t // training.lr_every)
-    state.sgd.zero_grad(set_to_none=True)
-    with phase("student"):
-        state.scaler.scale(loss).backward()
     with phase("optimizer"):
         state.scaler.step(state.sgd)
         state.scaler.update()
         update_teacher(state.teacher, state.student, t, training.ema, state.average)
 
     # 10. registration steps on the fused labels
-    with phase("registration"):
-        supervised_registration_loss = state.registration_steps(volumes[:labeled], foreground_masks(label, classes))
+    with state.beside(), phase("registration"):
+        state.wait(labels_there, label)
+        supervised_registration_loss = state.registration_steps(
+            volumes[:labeled], foreground_masks(label, classes), *sample_pairs(volumes[:labeled], registration)
+        )
     state.iteration += 1
     return Outputs(
         metrics={
-            "loss": loss.detach(), "loss_s": loss_s.detach(), "loss_u": loss_u.detach(), "loss_c": loss_c.detach(),
+            "loss": loss, "loss_s": loss_s, "loss_u": loss_u, "loss_c": loss_c,
             "loss_registration": registration_loss, "loss_registration_labels": supervised_registration_loss,
             "loss_pace": state.last_loss, "lambda": lam, "w": weight, "w_p": w_p, "K": keep,
             "entropy": entropy.mean(),
         },
-        registration=label_reg, fused=label, prediction=logits_s.detach().max(1).indices.to(torch.uint8),
-        mixed=mixed, mask=mask,
+        registration=label_reg, fused=label, prediction=prediction, mixed=mixed, mask=mask,
     )
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from spss_fast.config import RegistrationSettings, SelectionSettings, resolve
+from spss_fast.data.sampling import Batch
 from spss_fast.engine import checkpoint
 from spss_fast.engine.graphs import Recording, Replayed
-from spss_fast.engine.registration import registration_steps
+from spss_fast.engine.registration import registration_steps, sample_pairs
 from spss_fast.engine.selfpaced import monte_carlo
-from spss_fast.engine.step import State
+from spss_fast.engine.step import State, joint_iteration
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, teacher_of
 
@@ -30,7 +31,7 @@ def without_a_gpu(monkeypatch):
     def record(self, *inputs):
         own = tuple(None if x is None else torch.full_like(x, float("nan")) for x in inputs)
         graph = StandIn(self.function, own)
-        return Recording(graph, own, graph.output)
+        return Recording(graph, own, graph.output, [])
 
     monkeypatch.setattr(Replayed, "_first", lambda self, *inputs: self.function(*inputs))
     monkeypatch.setattr(Replayed, "_record", record)
@@ -60,7 +61,8 @@ def test_a_checkpoint_brings_no_say_on_graphs_along():
     content["adam"]["param_groups"][0]["capturable"] = True
     checkpoint.restore(state, content | {"epoch": 1, "iteration": 2, "last_loss": torch.tensor(0.5)})
     assert state.adam.param_groups[0]["capturable"] is False
-    assert torch.isfinite(state.registration_steps(torch.randn(2, 32, 32, 4), None))
+    volumes = torch.randn(2, 32, 32, 4)
+    assert torch.isfinite(state.registration_steps(volumes, None, *sample_pairs(volumes, state.config.registration)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
@@ -76,13 +78,13 @@ def test_registration_replayed_is_registration(amp, monkeypatch):
         network = RegistrationNet().cuda()
         adam = torch.optim.Adam(network.parameters(), 1e-3, fused=True, capturable=True)
 
-        def steps(volumes, labels, network=network, adam=adam):
-            return registration_steps(network, adam, volumes, labels, settings, amp)
+        def steps(volumes, labels, *pairs, network=network, adam=adam):
+            return registration_steps(network, adam, volumes, labels, pairs, settings, amp)
 
         run, losses = Replayed(steps) if replay else steps, []
         for call in range(6):
             torch.manual_seed(call)
-            losses.append(run(volumes + call, labels if call % 2 else None))
+            losses.append(run(volumes + call, labels if call % 2 else None, *sample_pairs(volumes, settings)))
         outcomes.append([*map(float, losses), *(parameter.detach().cpu() for parameter in network.parameters())])
     assert len(outcomes[0]) > 6
     for actual, expected in zip(*outcomes):
@@ -113,3 +115,42 @@ def test_monte_carlo_passes_replayed_are_the_passes(amp, monkeypatch):
     assert not torch.equal(*outcomes[0][:2])
     for actual, expected in zip(*outcomes):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs and streams")
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_iterations_replayed_beside_each_other_are_the_iterations(amp, monkeypatch):
+    """Five of them, of which three are replays with registration on its own stream: the same bits in losses and
+    weights as in plain calls one after the other."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    config = resolve("la", {"patch": "32,32,16", "filters": 4, "passes": 2, "registration_steps": 3, "ramp_every": 1,
+                            "lambda_start": 100.0})
+    batches, outcomes = [_batch(seed) for seed in range(5)], []
+    for plain in (True, False):
+        state = State(config, torch.device("cuda"), amp)
+        if plain:
+            state.stream = None
+            for name in ("registration_steps", "teacher_passes", "monte_carlo", "student_passes"):
+                setattr(state, name, getattr(state, name).function)
+        metrics = []
+        for batch in batches:
+            outputs = joint_iteration(state, batch)
+            if batch is batches[-1]:
+                state.settle()
+            metrics.append({name: float(value) for name, value in outputs.metrics.items()
+                            if name != "loss_registration_labels" or batch is batches[-1]})
+        networks = (state.student, state.teacher, state.registration)
+        outcomes.append((metrics, [x.detach().cpu() for network in networks for x in network.state_dict().values()]))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert outcomes[0][0][-1]["loss_u"] > 0 and outcomes[0][0][-1]["K"] > 0
+    for actual, expected in zip(outcomes[1][1], outcomes[0][1]):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def _batch(seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    disk = torch.hypot(*torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")) < 0.5
+    volume = disk[None, None, :, :, None].expand(4, 1, 32, 32, 16).float()
+    views = [volume + 0.3 * torch.randn(volume.shape, generator=generator) for _ in range(3)]
+    annotation, index = disk.expand(2, 32, 32).to(torch.uint8).contiguous(), torch.tensor([5, 9])
+    return Batch(list("abcd"), *views, annotation, index, None)

@@ -25,7 +25,9 @@ def test_soft_dice_of_equal_and_of_disjoint_maps():
 
 def test_pairs_are_neighbours_in_both_directions_and_reach_every_slice():
     torch.manual_seed(0)
-    volume, moving, fixed = registration.sample_pairs(torch.zeros(3, 4, 4, 7), 4000)
+    settings = RegistrationSettings(registration_steps=40, registration_pairs=100)
+    volume, moving, fixed = (x.flatten() for x in registration.sample_pairs(torch.zeros(3, 4, 4, 7), settings))
+    assert len(volume) == 4000
     assert set((fixed - moving).tolist()) == {-1, 1}
     assert set(volume.tolist()) == {0, 1, 2}
     assert set(moving.tolist()) == set(fixed.tolist()) == set(range(7))
@@ -56,9 +58,10 @@ def test_registration_learns_a_drift_and_labels_help():
     network, volume = RegistrationNet(), _drifting_disk()
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)
     settings = RegistrationSettings(registration_steps=60, registration_pairs=8)
-    registration.registration_steps(network, optimizer, volume, None, settings, None)
+    pairs = registration.sample_pairs(volume, settings)
+    registration.registration_steps(network, optimizer, volume, None, pairs, settings, None)
     labels = torch.stack([volume > 0.5, volume > 0.9], 1).to(torch.uint8)
-    registration.registration_steps(network, optimizer, volume, labels, settings, None)
+    registration.registration_steps(network, optimizer, volume, labels, pairs, settings, None)
     up, _ = registration.neighbour_flows(network, volume, None)
     moving, fixed = volume[0].movedim(-1, 0)[:-1, None], volume[0].movedim(-1, 0)[1:, None]
     before = (moving - fixed).square().mean()

@@ -14,6 +14,8 @@ from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops import backend
 from tests.conftest import SHARED
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
 
 def _parameters(archive: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key.removeprefix("param/"): value for key, value in archive.items() if key.startswith("param/")}
@@ -80,18 +82,31 @@ def test_bfloat16_gradients_of_small_bottlenecks(sides):
     torch.testing.assert_close(convolution.weight.grad.double() / scale, exact.weight.grad / scale, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("channels, depth", [(1, 8), (3, 8), (1, 7)])
-def test_a_narrow_convolution_is_a_convolution(channels, depth):
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels, depth", [(1, 8), (3, 8), (16, 8), (1, 7)])
+def test_a_narrow_convolution_is_a_convolution(channels, depth, device):
     torch.manual_seed(0)
-    x = torch.randn(2, channels, 6, 5, depth, dtype=torch.float64, requires_grad=True)
-    ours = vnet._NarrowConvolution(channels, 4, 3, padding=1, dtype=torch.float64)
+    x = torch.randn(2, channels, 6, 5, depth, dtype=torch.float64, device=device, requires_grad=True)
+    ours = vnet._NarrowConvolution(channels, 4, 3, padding=1, dtype=torch.float64, device=device)
     same_with_gradients(ours(x), F.conv3d(x, ours.weight, ours.bias, padding=1), [x, *ours.parameters()])
 
 
-def test_a_dropped_channel_is_a_weight_of_zero():
+@pytest.mark.parametrize("channels, count", [(1, 8), (3, 2), (16, 2)])
+def test_a_convolution_over_groups_is_a_convolution_and_copies_nothing(channels, count):
     torch.manual_seed(0)
-    network = VNet(classes=3, filters=8).double()
-    decoded = torch.randn(3, 8, 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, channels, 6, 5, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    convolution = torch.nn.Conv3d(channels, 4, 3, padding=1, dtype=torch.float64)
+    leaves = [x.requires_grad_(), *convolution.parameters()]
+    ours = vnet._NarrowConvolution._in_groups(x, convolution.weight, convolution.bias, count)
+    assert ours.is_contiguous(memory_format=torch.channels_last_3d)
+    same_with_gradients(ours, convolution(x), leaves)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_dropped_channel_is_a_weight_of_zero(device):
+    torch.manual_seed(0)
+    network = VNet(classes=3, filters=8).double().to(device)
+    decoded = torch.randn(3, 8, 4, 5, 6, dtype=torch.float64, device=device, requires_grad=True)
     torch.manual_seed(1)
     logits = network.classify(decoded)
     torch.manual_seed(1)
