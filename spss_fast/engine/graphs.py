@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spss_fast.engine.profiling import phase
+
 Output = Tensor | tuple[Tensor, ...]
 
 
@@ -45,11 +47,12 @@ class Replayed:
     in place, compiled kernels and the state of optimizers. The second one records a graph, which that call and all
     later ones launch. Random numbers are those that the same calls would draw unrecorded: the generator is read at
     every launch. ``function`` may not wait for the GPU, and what it changes, such as weights, has to stay where it is
-    in memory. Where it leaves gradients in ``parameters``, it begins by setting them to None.
+    in memory. Where it leaves gradients in ``parameters``, it begins by setting them to None. Launches count as
+    ``name`` where an iteration is profiled, whatever phases ``function`` has.
     """
 
-    def __init__(self, function: Callable[..., Output], parameters: Iterable[Tensor] = ()) -> None:
-        self.function, self.parameters = function, list(parameters)
+    def __init__(self, function: Callable[..., Output], name: str, parameters: Iterable[Tensor] = ()) -> None:
+        self.function, self.name, self.parameters = function, name, list(parameters)
         self.recordings: dict[tuple, Recording | None] = {}  # None after a first call
 
     def __call__(self, *inputs: Tensor | None) -> Output:
@@ -59,7 +62,8 @@ class Replayed:
             return self._first(*inputs)
         if self.recordings[key] is None:
             self.recordings[key] = self._record(*inputs)
-        return self.recordings[key](*inputs)
+        with phase(self.name):
+            return self.recordings[key](*inputs)
 
     def _first(self, *inputs: Tensor | None) -> Output:
         """On a stream of its own, as capture does: autograd keeps what it makes on the stream where it made it."""

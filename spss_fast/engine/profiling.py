@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 PHASES = ("data", "registration", "propagation", "teacher", "student", "losses", "optimizer")
+PREFIX = "spss_fast/"
 WARMUP = 2  # iterations before the profiled ones: allocators and kernels settle in them
 
 
 def phase(name: str) -> record_function:
     """A context whose time counts as ``name``, one of ``PHASES``; it costs microseconds where nobody profiles."""
-    return record_function(f"spss_fast/{name}")
+    return record_function(PREFIX + name)
 
 
 @contextlib.contextmanager
@@ -32,8 +35,10 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
         return
 
     def finish(done: profile) -> None:
-        done.export_chrome_trace(str(folder / "trace.json.gz"))
-        table = phase_table(done, iterations, device)
+        trace = folder / "trace.json.gz"
+        done.export_chrome_trace(str(trace))
+        with gzip.open(trace) as file:
+            table = phase_table(json.load(file)["traceEvents"], iterations)
         console.print(table)
         with (folder / "profile.txt").open("w", encoding="utf-8") as file:
             Console(file=file, width=100).print(table)
@@ -44,43 +49,43 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
         yield running
 
 
-def phase_table(done: profile, iterations: int, device: torch.device) -> Table:
-    """Milliseconds an iteration and share of it, by phase; on a GPU also the time that its kernels ran."""
-    events = list(done.events())
-    steps = [e for e in events if e.name.startswith("ProfilerStep") and e.device_type == DeviceType.CPU]
-    total = sum(event.time_range.elapsed_us() for event in steps)
-    spent = dict.fromkeys(PHASES, 0.0)
-    kernels = dict.fromkeys(PHASES, 0.0)
-    for event in events:
-        name = event.name.removeprefix("spss_fast/")
-        if event.device_type == DeviceType.CPU and event.name != name:
-            spent[name] += event.time_range.elapsed_us()
-            kernels[name] += event.device_time_total
-    on_gpu = device.type == "cuda"
+def phase_table(events: list[dict[str, Any]], iterations: int) -> Table:
+    """Milliseconds an iteration and share of it, by phase, from the events of a Chrome trace; on a GPU also the time
+    that the kernels ran which a phase launched."""
+    marks = [e for e in events if e.get("cat") == "user_annotation"]
+    steps = [e for e in marks if e["name"].startswith("ProfilerStep")]
+    phases = [e for e in marks if e["name"].removeprefix(PREFIX) in PHASES]
+    begin, total = min(e["ts"] for e in steps), sum(e["dur"] for e in steps)
+    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and e["ts"] >= begin]
+    spent, kernels = dict.fromkeys(PHASES, 0.0), dict.fromkeys((*PHASES, "other"), 0.0)
+    for event in phases:
+        spent[event["name"].removeprefix(PREFIX)] += event["dur"]
+    launches = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")}
+    for event in on_gpu:
+        launch = launches.get(event["args"].get("correlation"), -1)
+        name = next((p["name"] for p in phases if p["ts"] <= launch < p["ts"] + p["dur"]), "other")
+        kernels[name.removeprefix(PREFIX)] += event["dur"]
     table = Table(title=f"an iteration (mean of {iterations})", title_justify="left")
     table.add_column("phase")
     for heading in ("ms", "share", *(["kernels ms"] if on_gpu else [])):
         table.add_column(heading, justify="right")
-    for name, value in [*spent.items(), ("other", total - sum(spent.values())), ("all", total)]:
+    spent |= {"other": total - sum(spent.values()), "all": total}
+    kernels["all"] = sum(kernels.values())
+    for name, value in spent.items():
         cells = [f"{value / iterations / 1e3:.1f}", f"{100 * value / total:.1f}%"]
         if on_gpu:
-            cells.append(f"{kernels.get(name, 0) / iterations / 1e3:.1f}")
+            cells.append(f"{kernels[name] / iterations / 1e3:.1f}")
         table.add_row(name, *cells)
     if on_gpu:
-        table.caption = f"GPU idle {100 * idle_share(events, steps):.1f}% of the time"
+        table.caption = (f"ms: of the host, which launches and waits. A student's launch holds its losses.\n"
+                         f"GPU idle {100 * idle_share(on_gpu, begin):.1f}% of the time")
     return table
 
 
-def idle_share(events: list, steps: list) -> float:
-    """The share of the profiled time in which no kernel ran on the GPU."""
-    begin, end = min(s.time_range.start for s in steps), max(s.time_range.end for s in steps)
-    spans = sorted(
-        (e.time_range.start, e.time_range.end) for e in events
-        if e.device_type == DeviceType.CUDA and not e.is_user_annotation  # our phases, optimizers: marks
-    )
+def idle_share(kernels: list[dict[str, Any]], begin: float) -> float:
+    """The share of the time from ``begin`` to the end of the last of ``kernels`` in which none ran."""
     busy, until = 0.0, begin
-    for start, stop in spans:
-        start, stop = max(start, until), min(stop, end)
-        busy += max(0.0, stop - start)
+    for start, stop in sorted((e["ts"], e["ts"] + e["dur"]) for e in kernels):
+        busy += max(0.0, stop - max(start, until))
         until = max(until, stop)
-    return 1 - busy / (end - begin)
+    return 1 - busy / (until - begin)

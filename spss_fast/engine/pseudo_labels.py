@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from spss_fast.config import RegistrationSettings
 from spss_fast.engine.device import upload
 from spss_fast.engine.registration import neighbour_flows
+from spss_fast.ops.holes import fill_holes
 from spss_fast.ops.propagate import propagate
 
-_FILLING = ThreadPoolExecutor(4, "fill_holes")
+_FILLING = ThreadPoolExecutor(1, "fill_holes")
+
 
 def registration_labels(
     network: nn.Module, volumes: Tensor, annotation: Tensor, index: Tensor, classes: int,
@@ -78,30 +80,6 @@ def split_structures(annotation: Tensor, count: int) -> Tensor:
     return parts.flatten(0, 1)
 
 
-def fill_holes(labels: Tensor, classes: int) -> Tensor:
-    """Fill the 3-D holes of each class of ``labels`` (L, h, w, d) in [0, C), on the CPU: a copy, uint8.
-
-    A hole of a class is background that no path of face neighbours joins to the border but through that class. Other
-    classes within it stay, and background that several classes enclose goes to the one that encloses it most tightly.
-    """
-    return torch.from_numpy(np.stack([_without_holes(label, classes) for label in labels.to(torch.uint8).numpy()]))
-
-
-def _without_holes(label: np.ndarray, classes: int) -> np.ndarray:
-    background, filled = label == 0, label.copy()
-    tightest = np.full(label.shape, label.size)  # voxels of the smallest enclosure around each voxel so far
-    for c in range(1, classes):
-        regions, _ = ndimage.label(label != c)
-        faces = [np.take(regions, end, axis) for axis in range(label.ndim) for end in (0, -1)]
-        sizes = np.bincount(regions.ravel())
-        sizes[np.unique(np.concatenate([face.ravel() for face in faces]))] = label.size  # open
-        sizes[0] = label.size  # the class itself
-        size = sizes[regions]
-        tighter = background & (size < tightest)
-        filled[tighter], tightest[tighter] = c, size[tighter]
-    return filled
-
-
 def restore_annotation(labels: Tensor, annotation: Tensor, index: Tensor) -> Tensor:
     """``labels`` (L, h, w, d) with the annotated slice of each put back, in place."""
     labels[torch.arange(len(labels), device=labels.device), :, :, index] = annotation.to(labels.dtype)
@@ -125,7 +103,7 @@ def fuse(registration: Tensor, probability: Tensor, teacher_weight: float) -> Fu
     """Step 8: the teacher's labels L_seg = argmax p_t and the fused y = argmax[(1 - w_p) onehot(L_reg) + w_p p_t].
 
     ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t, ``teacher_weight`` w_p.
-    Where they are on a GPU threads fill the holes, and the caller waits for neither of them.
+    Where they are on a GPU a thread fills the holes, and the caller waits for neither of them.
     """
     classes, foreground = probability.shape[1], probability[:, 1:].float()
     fused = (1 - teacher_weight) * foreground_masks(registration, classes).float() + teacher_weight * foreground
@@ -136,12 +114,11 @@ def fuse(registration: Tensor, probability: Tensor, teacher_weight: float) -> Fu
     arrived = torch.cuda.Event()
     arrived.record()
 
-    def fill(label: Tensor) -> Tensor:
+    def fill() -> Tensor:
         arrived.synchronize()
-        return fill_holes(label, classes)
+        return fill_holes(host.flatten(0, 1), classes).view_as(host)
 
-    filling = [_FILLING.submit(fill, label) for label in host.flatten(0, 1).split(1)]
-    return FusedLabels(lambda: torch.cat([future.result() for future in filling]).view_as(host))
+    return FusedLabels(_FILLING.submit(fill).result)
 
 
 def most_probable(foreground: Tensor) -> Tensor:

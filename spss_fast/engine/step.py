@@ -77,11 +77,12 @@ class State:
         bound = [functools.partial(f, self) for f in (_registration_steps, teacher_passes, monte_carlo, student_passes)]
         self.stream = None
         if self.device.type == "cuda":
-            self.stream = torch.cuda.Stream(self.device)
-            bound[1:] = Replayed(bound[1]), Replayed(bound[2]), Replayed(bound[3], self.student.parameters())
+            self.stream = torch.cuda.Stream(self.device, priority=-1)  # before the V-Nets: others wait for the labels
+            bound[1:] = (Replayed(bound[1], "teacher"), Replayed(bound[2], "teacher"),
+                         Replayed(bound[3], "student", self.student.parameters()))
             # gradient scaling decides on the host whether to step, and apex's Adam counts its steps there
             if not scaled and training.optimizer == "torch":
-                bound[0] = Replayed(bound[0])
+                bound[0] = Replayed(bound[0], "registration")
         self.registration_steps, self.teacher_passes, self.monte_carlo, self.student_passes = bound
 
     def autocast(self) -> torch.autocast:
@@ -145,10 +146,11 @@ def registration_epoch(state: State, batches: Iterable[Batch]) -> Tensor:
 
 
 def _registration_steps(state: State, volumes: Tensor, labels: Tensor | None, *pairs: Tensor) -> Tensor:
-    return registration_steps(
-        state.registration, state.adam, volumes, labels, pairs, state.config.registration, state.amp,
-        state.registration_scaler,
-    )
+    with phase("registration"):
+        return registration_steps(
+            state.registration, state.adam, volumes, labels, pairs, state.config.registration, state.amp,
+            state.registration_scaler,
+        )
 
 
 @torch.no_grad()
@@ -233,8 +235,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         volumes, labeled = image[:, 0], len(annotation)
         ready = state.mark()
         # 1. registration steps without labels
-        with phase("registration"):
-            registration_loss = state.registration_steps(volumes, None, *sample_pairs(volumes, registration))
+        registration_loss = state.registration_steps(volumes, None, *sample_pairs(volumes, registration))
         # 2. registration labels
         with phase("propagation"):
             label_reg = registration_labels(
@@ -294,7 +295,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         update_teacher(state.teacher, state.student, t, training.ema, state.average)
 
     # 10. registration steps on the fused labels
-    with state.beside(), phase("registration"):
+    with state.beside():
         state.wait(labels_there, label)
         supervised_registration_loss = state.registration_steps(
             volumes[:labeled], foreground_masks(label, classes), *sample_pairs(volumes[:labeled], registration)

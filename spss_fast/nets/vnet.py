@@ -69,7 +69,7 @@ class _NarrowConvolution(nn.Conv3d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.compiler.is_exporting():
-            count = 8 if x.shape[1] == 1 else 2
+            count = 16 if x.shape[1] == 1 else 4
             if x.device.type == "cuda" and x.shape[-1] % count == 0:
                 return self._in_groups(x, weight, bias, count)
             if x.device.type == "cpu" and x.shape[-1] % 2 == 0 and self.in_channels < 16:

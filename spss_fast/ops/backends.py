@@ -29,6 +29,7 @@ VARIABLE = "SPSS_FAST_BACKEND"
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "warp": {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")},
     "propagate": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
+    "fill_holes": {"cpu": ("cpu", "reference")},
     "uncertainty": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
@@ -38,6 +39,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
 PARTS: dict[str, tuple[str, ...]] = {
     "warp": ("warp", "warp_backward"),
     "propagate": ("propagate",),
+    "fill_holes": ("fill_holes",),
     "uncertainty": ("accumulate_softmax", "uncertainty_mask"),
     "contrastive": ("select_prototypes", "contrastive_loss"),
     "losses": (

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from spss_fast.ops import backends, checks
 
+HALF = torch.float16, torch.bfloat16
+
 
 def dense(x: Tensor) -> Tensor:
     """``x``, or a copy where its elements do not lie in order: channels last, in any number of dimensions, if its
@@ -36,7 +38,9 @@ def reference(
     # x + offset about the mean is x about the mean without it
     shifted = offset is not None and running_mean is not None
     mean = running_mean - offset.detach() if shifted else running_mean
-    y = F.relu(F.batch_norm(x, mean, running_var, weight, bias, training, momentum, eps))
+    # torch's CUDA backward rounds sums over contiguous half-precision tensors to that precision
+    wide = x.float() if x.is_cuda and x.dtype in HALF and x.is_contiguous() else x
+    y = F.relu(F.batch_norm(wide, mean, running_var, weight, bias, training, momentum, eps)).to(x.dtype)
     if training and shifted:
         with torch.no_grad():
             running_mean.copy_(mean + offset)

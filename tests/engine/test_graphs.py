@@ -44,7 +44,7 @@ def test_it_records_once_a_shape_and_reads_what_it_is_given(without_a_gpu):
         seen.append(x.data_ptr())
         return x.sum() if y is None else (x * y).sum()
 
-    replayed, given, results = Replayed(total), [torch.full((3,), float(i)) for i in range(4)], []
+    replayed, given, results = Replayed(total, "teacher"), [torch.full((3,), float(i)) for i in range(4)], []
     for x in given:
         results.append(replayed(x, None))
     assert [float(result) for result in results] == [0, 3, 6, 9]  # and none was overwritten by a later call
@@ -81,7 +81,7 @@ def test_registration_replayed_is_registration(amp, monkeypatch):
         def steps(volumes, labels, *pairs, network=network, adam=adam):
             return registration_steps(network, adam, volumes, labels, pairs, settings, amp)
 
-        run, losses = Replayed(steps) if replay else steps, []
+        run, losses = Replayed(steps, "registration") if replay else steps, []
         for call in range(6):
             torch.manual_seed(call)
             losses.append(run(volumes + call, labels if call % 2 else None, *sample_pairs(volumes, settings)))
@@ -106,7 +106,7 @@ def test_monte_carlo_passes_replayed_are_the_passes(amp, monkeypatch):
         def passes(mixed, teacher=teacher):
             return monte_carlo(teacher, mixed, 2, settings, amp)
 
-        run, sums = Replayed(passes) if replay else passes, []
+        run, sums = Replayed(passes, "teacher") if replay else passes, []
         for call in range(4):
             torch.manual_seed(call)
             sums.append(run(mixed + call))

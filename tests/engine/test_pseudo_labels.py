@@ -8,6 +8,7 @@ from scipy import ndimage
 from spss_fast.config import RegistrationSettings
 from spss_fast.engine import pseudo_labels, selfpaced
 from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.ops import fill_holes
 
 
 @pytest.mark.parametrize("iteration", [0, 1500, 6000])
@@ -28,7 +29,7 @@ def test_holes_are_background_that_no_path_joins_to_the_border():
     label = (torch.rand(2, 12, 11, 10) > 0.45).to(torch.uint8)
     label[0, 3:9, 3:9, 3:9] = 1
     label[0, 5:7, 5:7, 5:7] = 0
-    filled = pseudo_labels.fill_holes(label, 2)
+    filled = fill_holes(label, 2)
     for before, after in zip(label.numpy(), filled.numpy()):
         outside, count = ndimage.label(np.pad(before, 1) == 0)
         expected = (outside != outside[0, 0, 0])[1:-1, 1:-1, 1:-1]
@@ -48,14 +49,14 @@ def test_a_hole_goes_to_the_class_around_it_and_other_classes_stay(inner, outer)
     expected = label.clone()
     expected[0, 3:5, 3:5, 3:5] = expected[0, 7, 7:17, 7:17] = outer
     expected[0, 10:14, 10:14, 10:14] = inner
-    assert torch.equal(pseudo_labels.fill_holes(label, 3), expected)
+    assert torch.equal(fill_holes(label, 3), expected)
 
 
 def test_a_gap_that_only_classes_together_enclose_stays():
     label = torch.zeros(1, 8, 8, 8, dtype=torch.uint8)
     label[0, 1:4, 1:7, 1:7], label[0, 4:7, 1:7, 1:7] = 1, 2
     label[0, 3:5, 3:5, 3:5] = 0
-    assert torch.equal(pseudo_labels.fill_holes(label, 3), label)
+    assert torch.equal(fill_holes(label, 3), label)
 
 
 def test_the_most_probable_class_of_one_foreground_is_that_above_a_half():
@@ -78,7 +79,7 @@ def test_fused_labels_of_several_classes_are_the_argmax_of_the_mixture():
         segmentation, fused = pseudo_labels.fuse(registration, probability, weight).finished(annotation, index)
         mixture = (1 - weight) * onehot + weight * probability
         for label, scores in ((segmentation, probability), (fused, mixture)):
-            expected = pseudo_labels.fill_holes(scores.argmax(1), 4)
+            expected = fill_holes(scores.argmax(1), 4)
             expected = pseudo_labels.restore_annotation(expected, annotation, index)
             assert torch.equal(label, expected)
         assert (segmentation != fused).any()
