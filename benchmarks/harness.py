@@ -152,7 +152,7 @@ def time_calls(benchmark, run: Callable[[], object], device: str, seconds: float
     if not slow:
         timed()
         once = timed()
-    calls = max(1, min(50, round(0.02 / once))) if device == "cuda" else 1
+    calls = max(1, min(50, round(0.5 / once))) if device == "cuda" else 1
 
     def several() -> None:
         for _ in range(calls):

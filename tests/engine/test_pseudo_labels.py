@@ -79,7 +79,7 @@ def test_fused_labels_of_several_classes_are_the_argmax_of_the_mixture():
         segmentation, fused = pseudo_labels.fuse(registration, probability, weight).finished(annotation, index)
         mixture = (1 - weight) * onehot + weight * probability
         for label, scores in ((segmentation, probability), (fused, mixture)):
-            expected = fill_holes(scores.argmax(1), 4)
+            expected = fill_holes(scores.argmax(1).to(torch.uint8), 4)
             expected = pseudo_labels.restore_annotation(expected, annotation, index)
             assert torch.equal(label, expected)
         assert (segmentation != fused).any()

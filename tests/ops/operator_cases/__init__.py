@@ -3,6 +3,7 @@
 from operator_cases import contrastive, holes, losses, norm, propagate, uncertainty, warp
 from operator_cases.case import LAYOUTS, TOLERANCE, Case, differentiate, spread
 
-CASES = [*warp.CASES, *propagate.CASES, *holes.CASES, *uncertainty.CASES, *contrastive.CASES, *losses.CASES, *norm.CASES]
+MODULES = (warp, propagate, holes, uncertainty, contrastive, losses, norm)
+CASES = [case for module in MODULES for case in module.CASES]
 
 __all__ = ["CASES", "LAYOUTS", "TOLERANCE", "Case", "differentiate", "spread"]

@@ -1,6 +1,7 @@
 import functools
 
 import torch
+from torch.nn import functional as F
 
 from operator_cases.case import Case
 from spss_fast.ops import fill_holes
@@ -12,7 +13,7 @@ SHAPES = ((2, 2, 5, 4), (3, 3, 3, 3), (1, 6, 7, 1), (2, 9, 11, 13), (1, 20, 24, 
 def _make(shape, dtype, generator):
     """Noise of five labels, smoothed so that the classes lie in shells and clumps; a third of the voxels alone."""
     noise = torch.randn(shape, generator=generator)
-    smooth = torch.nn.functional.avg_pool3d(noise[:, None], 3, 1, 1)[:, 0] * 3
+    smooth = F.avg_pool3d(F.pad(noise[:, None], (1,) * 6), 3, 1)[:, 0] * 3
     mixed = torch.where(torch.rand(shape, generator=generator) < 0.3, noise, smooth)
     return ((mixed * 1.5 + 1.5).clamp(0, 4).to(torch.uint8),)
 
