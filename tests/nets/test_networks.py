@@ -94,7 +94,7 @@ def test_a_narrow_convolution_is_a_convolution(channels, depth, device):
 @pytest.mark.parametrize("channels, count", [(1, 16), (3, 4), (16, 4)])
 def test_a_convolution_over_groups_is_a_convolution_and_copies_nothing(channels, count):
     torch.manual_seed(0)
-    x = torch.randn(2, channels, 6, 5, 16, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
+    x = torch.randn(2, channels, 6, 5, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
     convolution = torch.nn.Conv3d(channels, 4, 3, padding=1, dtype=torch.float64)
     leaves = [x.requires_grad_(), *convolution.parameters()]
     ours = vnet._NarrowConvolution._in_groups(x, convolution.weight, convolution.bias, count)
