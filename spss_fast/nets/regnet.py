@@ -5,6 +5,8 @@ Source: Balakrishnan et al., "VoxelMorph", IEEE TMI 2019 (METHOD, Networks); the
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,10 +26,20 @@ def _up(block: nn.Sequential, x: Tensor, skip: Tensor) -> Tensor:
     convolution, activation = block
     if skip.shape[2:] != torch.Size(2 * side for side in x.shape[2:]):  # the sides are no multiples of 16
         return block(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))
-    coarse, fine = convolution.weight.tensor_split([x.shape[1]], 1)
-    kernel = F.avg_pool2d(coarse.flip(2, 3).transpose(0, 1), 2, 1, 1, divisor_override=1)
+    # split, of all that cuts, is put together again in one piece by its gradient
+    coarse, fine = convolution.weight.split([x.shape[1], skip.shape[1]], 1)
+    with torch.autocast(x.device.type, enabled=False):  # sums in the weights' own precision
+        kernel = (coarse.flatten(2) @ _summed_taps(x.device, coarse.dtype)).unflatten(2, (4, 4)).transpose(0, 1)
     upsampled = F.conv_transpose2d(x, kernel, stride=2, padding=1)
     return activation(upsampled + F.conv2d(skip, fine, convolution.bias, padding=1))
+
+
+@functools.cache
+def _summed_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(9, 16) ones and zeros: which taps of a 3x3 kernel each tap of a transposed convolution's 4x4 kernel sums."""
+    tap, place = (torch.arange(n, device=device) for n in (3, 4))
+    along = ((2 - tap[:, None] == place) | (2 - tap[:, None] == place - 1)).to(dtype)
+    return torch.kron(along, along)
 
 
 class RegistrationNet(nn.Module):
