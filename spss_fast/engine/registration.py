@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -54,17 +56,23 @@ def registration_steps(
 
     ``volumes`` (B, h, w, d) images, ``pairs`` their neighbouring slices by :func:`sample_pairs`. Without ``labels`` the
     loss is the image similarity (stage 1, step 1); with ``labels``, the fused ones as foreground masks
-    (B, C - 1, h, w, d), their Dice after the warp joins it (step 10). The network runs under autocast to ``amp``,
-    everything after it in float32. ``scaler`` keeps fp16 gradients from vanishing.
+    (B, C - 1, h, w, d), their Dice after the warp joins it (step 10). The network runs in ``amp``, everything after it
+    in float32. ``scaler`` keeps fp16 gradients from vanishing.
     """
     scaler = scaler or torch.amp.GradScaler(volumes.device.type, enabled=False)
+    parameters = list(network.parameters())
+    # autocast would cast every parameter, and its gradient back, on its own
+    fast = network if amp is None else copy.deepcopy(network).to(amp)
+    fast_parameters = list(fast.parameters())
     slices = volumes.movedim(-1, 1).contiguous()  # (B, d, h, w): a pair is two rows
     label_slices = None if labels is None else labels.movedim(-1, 1).to(volumes.dtype).contiguous()
     loss = volumes.new_zeros(())
     for volume, from_z, to_z in zip(*pairs):
         moving, fixed = slices[volume, from_z][:, None], slices[volume, to_z][:, None]
-        with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
-            displacement = network(moving, fixed).float()
+        if amp is not None:
+            with torch.no_grad():
+                torch._foreach_copy_(fast_parameters, parameters)
+        displacement = fast(moving.to(amp or moving.dtype), fixed.to(amp or fixed.dtype)).float()
         if label_slices is None:
             warped = warp(moving, displacement)
         else:
@@ -73,8 +81,12 @@ def registration_steps(
         loss = F.mse_loss(warped, fixed) if settings.similarity == "mse" else negative_ncc(warped, fixed)
         if label_slices is not None:
             loss = loss + soft_dice_loss(warped_labels, label_slices[volume, to_z])
-        optimizer.zero_grad(set_to_none=True)
+        fast.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        if amp is not None:
+            for parameter in parameters:
+                parameter.grad = torch.empty_like(parameter)
+            torch._foreach_copy_([p.grad for p in parameters], [p.grad for p in fast_parameters])
         scaler.step(optimizer)
         scaler.update()
     return loss.detach()
