@@ -189,7 +189,7 @@ def environment(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads",
         "cuda": torch.version.cuda if device == "cuda" else None,
-        "commit": commit or os.environ.get("COMMIT"),
+        "commit": os.environ.get("COMMIT") or commit,  # given where git is not, or knows another one
         "versions": versions,
     }
 
