@@ -22,6 +22,7 @@ from spss_fast.engine import checkpoint
 from spss_fast.engine.device import determinism, keep_freed_memory, peak_memory, resolve_amp, resolve_device
 from spss_fast.engine.evaluation import dice_line, evaluate_labels, write_metrics
 from spss_fast.engine.inference import refresh_batch_norm
+from spss_fast.engine.interrupts import Abandoned, uninterrupted
 from spss_fast.engine.preview import save_preview
 from spss_fast.engine.profiling import phase, profiler
 from spss_fast.engine.progress import Progress
@@ -80,6 +81,10 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         if peak := peak_memory(device):
             console.print(f"peak memory: {peak / 2**30:.2f} GiB", highlight=False)
         console.print(f"done; {_next_step(dataset, out)}", highlight=False, soft_wrap=True)
+    except Abandoned:
+        console.print(f"stopped amid an iteration: --out {out} --resume goes on from the last checkpoint",
+                      highlight=False, soft_wrap=True)
+        raise
     except KeyboardInterrupt:
         checkpoint.save(state, folder.checkpoint)
         console.print(f"stopped at iteration {state.iteration}: --out {out} --resume goes on from here")
@@ -100,11 +105,12 @@ def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, con
         closing(batches(sampler, state.device, state.epoch * per_epoch, config.data.loader)) as loader,
     ):
         while state.epoch < epochs:
-            loss = registration_epoch(state, islice(loader, per_epoch))
-            folder.log("registration", state.epoch, {"loss": float(loss)})
-            progress.update(state.epoch, f"loss {float(loss):.4f}")
-            if state.epoch % max(1, config.training.checkpoint_every // per_epoch) == 0 or state.epoch == epochs:
-                checkpoint.save(state, folder.checkpoint)
+            with uninterrupted(console):
+                loss = registration_epoch(state, islice(loader, per_epoch))
+                folder.log("registration", state.epoch, {"loss": float(loss)})
+                progress.update(state.epoch, f"loss {float(loss):.4f}")
+                if state.epoch % max(1, config.training.checkpoint_every // per_epoch) == 0 or state.epoch == epochs:
+                    checkpoint.save(state, folder.checkpoint)
 
 
 def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Console) -> None:
@@ -119,29 +125,32 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
         closing(batches(sampler, state.device, state.iteration, config.data.loader)) as loader,
     ):
         while state.iteration < training.iterations:
-            with state.beside(), phase("data"):
-                batch = next(loader)
-            outputs = joint_iteration(state, batch)
-            t = state.iteration
-            if profile is not None:
-                profile.step()
-            if t % training.log_every == 0 or t == training.iterations:
-                state.settle()
-                row = {name: float(value) for name, value in outputs.metrics.items()}
-                if not math.isfinite(row["loss"]):
-                    raise UserError(f"the loss is {row['loss']} at iteration {t}, so training has failed: try a lower "
-                                    f"--lr (it is {training.lr}) or --amp off; the last checkpoint is kept as it is")
-                if batch.reference is not None:
-                    row |= foreground_dice("dice_registration", outputs.registration, batch.reference, values)
-                    row |= foreground_dice("dice_fused", outputs.fused, batch.reference, values)
-                folder.log("joint", t, row)
-                progress.update(t, _status(row))
-            if t % training.preview_every == 0 or t == training.iterations:
-                save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t, values)
-            if t == training.iterations:
-                finish(state, dataset, loader, folder, console)
-            if t % training.checkpoint_every == 0 or t == training.iterations:
-                checkpoint.save(state, folder.checkpoint)
+            with uninterrupted(console):
+                with state.beside(), phase("data"):
+                    batch = next(loader)
+                outputs = joint_iteration(state, batch)
+                t = state.iteration
+                if profile is not None:
+                    profile.step()
+                if t % training.log_every == 0 or t == training.iterations:
+                    state.settle()
+                    row = {name: float(value) for name, value in outputs.metrics.items()}
+                    if not math.isfinite(row["loss"]):
+                        raise UserError(
+                            f"the loss is {row['loss']} at iteration {t}, so training has failed: try a lower --lr (it "
+                            f"is {training.lr}) or --amp off; the last checkpoint is kept as it is"
+                        )
+                    if batch.reference is not None:
+                        row |= foreground_dice("dice_registration", outputs.registration, batch.reference, values)
+                        row |= foreground_dice("dice_fused", outputs.fused, batch.reference, values)
+                    folder.log("joint", t, row)
+                    progress.update(t, _status(row))
+                if t % training.preview_every == 0 or t == training.iterations:
+                    save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t, values)
+                if t == training.iterations:
+                    finish(state, dataset, loader, folder, console)
+                if t % training.checkpoint_every == 0 or t == training.iterations:
+                    checkpoint.save(state, folder.checkpoint)
 
 
 def finish(state: State, dataset: Dataset, loader: Iterator[Batch], folder: RunFolder, console: Console) -> None:

@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -165,8 +166,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, t
     iterate = train.joint_iteration
 
     def interrupted(state, batch):
-        if state.iteration == 2:
-            raise KeyboardInterrupt
+        if state.iteration == 1:
+            signal.raise_signal(signal.SIGINT)  # amid the second iteration, which is finished
         return iterate(state, batch)
 
     monkeypatch.setattr(train, "joint_iteration", interrupted)
@@ -178,6 +179,21 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, t
     assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(parts)))
     joint = [(tmp_path / name / "joint.csv").read_text() for name in ("whole", "parts")]
     assert joint[0] == joint[1]
+
+
+def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch, capsys):
+    def interrupted(state, batch):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "joint_iteration", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(resolve("phantom", settings), tmp_path / "run")
+    content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert (content["epoch"], content["iteration"]) == (settings["registration_epochs"], 0)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    shown = capsys.readouterr().out
+    assert "stopping after this iteration" in shown and "--resume goes on from the last checkpoint" in shown
 
 
 def test_training_sees_one_slice_per_annotated_case_and_nothing_more(settings, phantoms, tmp_path):

@@ -42,7 +42,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def restore(state: State, content: dict[str, Any]) -> None:
-    """Put a checkpoint's content into ``state``."""
+    """Put a checkpoint's content into a fresh ``state``: CUDA graphs would go on with the optimizers' old numbers."""
     state.settle()
     for part in PARTS:
         getattr(state, part).load_state_dict(content[part])

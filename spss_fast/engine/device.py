@@ -48,9 +48,10 @@ def resolve_amp(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory in use so far, in bytes: by tensors on a GPU, by the whole process on a CPU; None if unknown."""
+    """The most memory in use so far, in bytes, by the whole process on a CPU; None if unknown. On a GPU what PyTorch
+    holds: CUDA graphs keep theirs, though no tensor is in it between their launches."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     try:
         import resource
     except ModuleNotFoundError:  # Windows

@@ -5,6 +5,7 @@ Source: torch.cuda.graph, whole-network capture.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -47,12 +48,15 @@ class Replayed:
     in place, compiled kernels and the state of optimizers. The second one records a graph, which that call and all
     later ones launch. Random numbers are those that the same calls would draw unrecorded: the generator is read at
     every launch. ``function`` may not wait for the GPU, and what it changes, such as weights, has to stay where it is
-    in memory. Where it leaves gradients in ``parameters``, it begins by setting them to None. Launches count as
-    ``name`` where an iteration is profiled, whatever phases ``function`` has.
+    in memory. Where it leaves gradients in ``parameters``, it begins by setting them to None. What a recording does not
+    see stays as it was: a network's ``training``, the backend of an operator. Launches count as ``name`` where an
+    iteration is profiled, whatever phases ``function`` has. Kernels run with ``priority``, lower numbers first.
     """
 
-    def __init__(self, function: Callable[..., Output], name: str, parameters: Iterable[Tensor] = ()) -> None:
-        self.function, self.name, self.parameters = function, name, list(parameters)
+    def __init__(
+        self, function: Callable[..., Output], name: str, parameters: Iterable[Tensor] = (), priority: int = 0
+    ) -> None:
+        self.function, self.name, self.parameters, self.priority = function, name, list(parameters), priority
         self.recordings: dict[tuple, Recording | None] = {}  # None after a first call
 
     def __call__(self, *inputs: Tensor | None) -> Output:
@@ -65,9 +69,15 @@ class Replayed:
         with phase(self.name):
             return self.recordings[key](*inputs)
 
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        """Where the first call runs and recordings are made, nobody else's: a graph keeps its stream's priority, and
+        cuBLAS's workspaces for it, which graphs that run at once must not share."""
+        return torch.cuda.Stream(priority=self.priority)
+
     def _first(self, *inputs: Tensor | None) -> Output:
-        """On a stream of its own, as capture does: autograd keeps what it makes on the stream where it made it."""
-        outside, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        """On the stream of recordings: autograd keeps what it makes on the stream where it made it."""
+        outside, stream = torch.cuda.current_stream(), self.stream
         stream.wait_stream(outside)
         with torch.cuda.stream(stream):
             output = self.function(*inputs)
@@ -80,6 +90,6 @@ class Replayed:
         own = tuple(None if x is None else x.clone() for x in inputs)
         graph = torch.cuda.CUDAGraph()
         # a loader's thread may use the GPU meanwhile
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             output = self.function(*own)
         return Recording(graph, own, output, [(parameter, parameter.grad) for parameter in self.parameters])

@@ -141,4 +141,4 @@ def voxel_weights(
     if iteration >= disagreement_from:
         rise = 2 * ((iteration - disagreement_from) / 1e5) ** 0.5
         weight = weight * (1 + rise * (registration != segmentation))
-    return weight.trunc() if truncated else weight
+    return (weight.trunc() if truncated else weight).contiguous()  # of the same strides at every iteration

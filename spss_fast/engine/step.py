@@ -80,9 +80,9 @@ class State:
             self.stream = torch.cuda.Stream(self.device, priority=-1)  # before the V-Nets: others wait for the labels
             bound[1:] = (Replayed(bound[1], "teacher"), Replayed(bound[2], "teacher"),
                          Replayed(bound[3], "student", self.student.parameters()))
-            # gradient scaling decides on the host whether to step, and apex's Adam counts its steps there
+            # apex's Adam counts its steps on the host; gradient scaling within a graph has not been tried
             if not scaled and training.optimizer == "torch":
-                bound[0] = Replayed(bound[0], "registration")
+                bound[0] = Replayed(bound[0], "registration", priority=-1)
         self.registration_steps, self.teacher_passes, self.monte_carlo, self.student_passes = bound
 
     def autocast(self) -> torch.autocast:

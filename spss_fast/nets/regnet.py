@@ -28,7 +28,7 @@ def _up(block: nn.Sequential, x: Tensor, skip: Tensor) -> Tensor:
         return block(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))
     # split, of all that cuts, is put together again in one piece by its gradient
     coarse, fine = convolution.weight.split([x.shape[1], skip.shape[1]], 1)
-    with torch.autocast(x.device.type, enabled=False):  # sums in the weights' own precision
+    with torch.autocast(x.device.type, enabled=False):  # sums in the weights' precision, as its caller holds them
         kernel = (coarse.flatten(2) @ _summed_taps(x.device, coarse.dtype)).unflatten(2, (4, 4)).transpose(0, 1)
     upsampled = F.conv_transpose2d(x, kernel, stride=2, padding=1)
     return activation(upsampled + F.conv2d(skip, fine, convolution.bias, padding=1))

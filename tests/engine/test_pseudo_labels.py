@@ -174,3 +174,12 @@ def test_of_equally_large_masks_the_first_class_is_right():
     labels = pseudo_labels.joined(masks, torch.tensor([[5, 5, 9], [7, 6, 6]]))
     assert labels[0, 0].unique().tolist() == [0] and labels[0, 1].unique().tolist() == [1]
     assert labels[1].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+def test_weights_lie_in_memory_alike_at_every_iteration(truncated):
+    """A CUDA graph is recorded for one layout of its inputs."""
+    registration, index = torch.zeros(2, 6, 5, 4, dtype=torch.uint8), torch.tensor([1, 3])
+    arguments = (registration, registration, index)
+    weights = [pseudo_labels.voxel_weights(*arguments, t, 0.9, 1000, truncated) for t in (0, 1000, 2000)]
+    assert all(weight.is_contiguous() for weight in weights)

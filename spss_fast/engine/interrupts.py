@@ -1,0 +1,42 @@
+"""Ctrl-C falls between iterations: what has begun is finished, so that a run goes on from exactly where it stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+from rich.console import Console
+
+
+class Abandoned(KeyboardInterrupt):
+    """A second interrupt: what had begun is half done."""
+
+
+@contextlib.contextmanager
+def uninterrupted(console: Console) -> Iterator[None]:
+    """Put an interrupt (SIGINT) off to the end of the block, and say so; a second one comes at once, as ``Abandoned``.
+
+    Where interrupts are ignored, and outside the main thread, which alone gets them, it does nothing.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def handle(number: int, frame: object) -> None:
+        nonlocal asked
+        if asked:
+            raise Abandoned
+        asked = True
+        console.print("stopping after this iteration; interrupt again to stop at once", highlight=False)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if asked:
+        raise KeyboardInterrupt
