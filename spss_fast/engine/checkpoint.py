@@ -32,7 +32,9 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}: give the folder of a training, its --out") from error
+        run = Path(path).parent.parent
+        missing = f"no checkpoint at {path}" if run.is_dir() else f"there is no folder {run.absolute()}"
+        raise UserError(f"{missing}: give the folder of a training, its --out") from error
     except pickle.UnpicklingError as error:
         raise UserError(f"cannot read the checkpoint {path}: it is damaged, or pickles more than tensors and plain "
                         "values, which are all that is ever loaded (save a state_dict)") from error

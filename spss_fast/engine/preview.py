@@ -41,8 +41,8 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
     """One row per annotated volume of the batch, at its annotated slice and half way to either end of the patch.
 
     Columns: registration label, fused label and the student's prediction, each with the reference where a full label
-    exists; then the mixed image m with the voxels that the uncertainty mask M selects. ``values`` (C,) are the classes'
-    label values, for the legend of several.
+    exists; then the mixed image m, turned as its views are, with the voxels that the uncertainty mask M selects.
+    ``values`` (C,) are the classes' label values, for the legend of several.
     """
     image = batch.image[:, 0].cpu().numpy()
     rows = [(i, z) for i in range(len(batch.index)) for z in _slices(int(batch.index[i]), image.shape[-1])]
@@ -58,7 +58,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
             if batch.reference is not None:
                 shown = {"reference": batch.reference[i, :, :, z].numpy()} | shown
             _panel(axis, image[i, :, :, z], f"{name}, slice {z}{star}", shown, len(values))
-        title = f"m (CutMix); blue: selected, {mask.mean():.2%}"
+        title = f"m (CutMix, turned); blue: {mask.sum():,} selected, {mask.mean():.2%}"
         _panel(row[3], mixed[i, :, :, z], title, {}, len(values))
         overlay = np.zeros((*mask.shape[1:3], 4))
         overlay[mask[i, :, :, z]] = (0.4, 0.55, 1.0, 0.45)
