@@ -20,6 +20,7 @@ from spss_fast import evaluate, train
 from spss_fast.config import resolve
 from spss_fast.data.phantom import write_phantoms
 from spss_fast.engine import checkpoint
+from spss_fast.engine.interrupts import uninterrupted
 from spss_fast.engine.profiling import PHASES
 from spss_fast.errors import UserError
 
@@ -161,7 +162,15 @@ def _weights(content: dict) -> list[torch.Tensor]:
     return [value for part in ("student", "teacher", "registration") for value in content[part].values()]
 
 
-def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """Interrupts as a terminal's: what starts the tests in the background may have them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, tmp_path, monkeypatch, interruptible):
     whole = _train(settings, tmp_path / "whole")
     iterate = train.joint_iteration
 
@@ -181,7 +190,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, t
     assert joint[0] == joint[1]
 
 
-def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings, tmp_path, monkeypatch, capsys):
+def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(
+    settings, tmp_path, monkeypatch, capsys, interruptible
+):
     def interrupted(state, batch):
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
@@ -194,6 +205,12 @@ def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(settings
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     shown = capsys.readouterr().out
     assert "stopping after this iteration" in shown and "--resume goes on from the last checkpoint" in shown
+
+
+def test_where_interrupts_are_ignored_they_stay_so(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with uninterrupted(Console(quiet=True)):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_training_sees_one_slice_per_annotated_case_and_nothing_more(settings, phantoms, tmp_path):
