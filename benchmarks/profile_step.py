@@ -8,8 +8,6 @@ writes OUT/trace-<preset>.json.gz for chrome://tracing or ui.perfetto.dev.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import statistics
 import time
 from pathlib import Path
@@ -46,8 +44,7 @@ def main() -> None:
             synchronise(arguments.device)
         trace = arguments.out / f"trace-{'half' if 'downsample' in preset else 'full'}.json.gz"
         done.export_chrome_trace(str(trace))
-        with gzip.open(trace) as file:
-            Console(width=100).print(phase_table(json.load(file)["traceEvents"], ITERATIONS))
+        Console(width=100).print(phase_table(trace, ITERATIONS))
 
 
 def times(run, device: str) -> list[float]:

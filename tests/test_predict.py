@@ -246,7 +246,7 @@ def test_bad_files_are_listed_and_the_others_predicted(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, said", [
     (["scans", "out"], "no network to predict with"),
-    (["scans", "out", "--run", "nowhere"], "nowhere: give the folder of a training"),
+    (["scans", "out", "--run", "nowhere"], "/nowhere: give the folder of a training, its --out"),
     (["scans", "out", "--weights", "none.pth"], "no weights at none.pth"),
     (["scans", "out", "--run", "run", "--dataset", "la"], "--run brings its own settings"),
     (["scans", "out", "--run", "run", "--window", "0,1"], "--window changes a preset"),

@@ -284,7 +284,7 @@ def test_an_old_run_is_not_overwritten(settings, tmp_path):
     (["--dataset", "phantom", "--similarity", "ssd"], "choose one of mse, ncc"),
     (["--dataset", "phantom", "--device", "cuda:99"], "device cuda:99 cannot be used"),
     (["--dataset", "phantom", "--settings", "none.toml"], "cannot read the settings file none.toml"),
-    (["--out", "empty", "--resume"], "empty: give the folder of a training"),
+    (["--out", "empty", "--resume"], "/empty: give the folder of a training, its --out"),
 ])
 def test_bad_command_lines_end_in_one_line_and_write_nothing(arguments, said, tmp_path):
     result = subprocess.run(

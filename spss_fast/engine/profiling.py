@@ -37,8 +37,7 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
     def finish(done: profile) -> None:
         trace = folder / "trace.json.gz"
         done.export_chrome_trace(str(trace))
-        with gzip.open(trace) as file:
-            table = phase_table(json.load(file)["traceEvents"], iterations)
+        table = phase_table(trace, iterations)
         console.print(table)
         with (folder / "profile.txt").open("w", encoding="utf-8") as file:
             Console(file=file, width=100).print(table)
@@ -49,9 +48,11 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
         yield running
 
 
-def phase_table(events: list[dict[str, Any]], iterations: int) -> Table:
-    """Milliseconds an iteration and share of it, by phase, from the events of a Chrome trace; on a GPU also the time
-    that the kernels ran which a phase launched."""
+def phase_table(trace: Path, iterations: int) -> Table:
+    """Milliseconds an iteration and share of it, by phase, from a Chrome trace (.json.gz); on a GPU also the time that
+    the kernels ran which a phase launched."""
+    with gzip.open(trace) as file:
+        events = json.load(file)["traceEvents"]
     marks = [e for e in events if e.get("cat") == "user_annotation"]
     steps = [e for e in marks if e["name"].startswith("ProfilerStep")]
     phases = [e for e in marks if e["name"].removeprefix(PREFIX) in PHASES]
