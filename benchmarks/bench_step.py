@@ -1,4 +1,4 @@
-"""A joint iteration, the registration stage and the V-Net alone against their straightforward formulations.
+"""A joint iteration, its registration and the V-Net alone against their straightforward formulations.
 
 A step draws from one batch of made-up scans: what it costs does not depend on what they show.
 """
@@ -22,6 +22,7 @@ from spss_fast.config import Config, resolve
 from spss_fast.data.sampling import Batch
 from spss_fast.engine.device import keep_freed_memory, resolve_amp
 from spss_fast.engine.graphs import Replayed
+from spss_fast.engine.pseudo_labels import foreground_masks, registration_labels
 from spss_fast.engine.registration import registration_steps, sample_pairs
 from spss_fast.engine.step import State, joint_iteration
 from spss_fast.nets import vnet
@@ -30,6 +31,7 @@ from spss_fast.ops import backend
 
 PRESETS = {"LA": {}, "LA --downsample 2 --filters 8": {"downsample": 2, "filters": 8}}
 PROVIDERS = ("spss_fast", "straightforward")
+CASES = ("10 registration steps", "registration, METHOD's steps 1, 2 and 10")
 KEPT = "straightforward, freed memory kept"  # as train keeps it on a CPU, in place of what PyTorch finds there
 EAGER = "spss_fast, eager"  # as a GPU runs it outside a CUDA graph
 NETWORKS = ("spss_fast", EAGER, "plain eager float32", "MONAI VNet float32")
@@ -152,30 +154,45 @@ def count_needed_flops(run) -> int:
         vnet._NarrowConvolution._conv_forward = ours
 
 
-def registration(provider: str, config: Config, device: str):
-    """A function that runs ten registration steps."""
-    state = state_of(provider, config, device)
-    volumes = data(config.data.patch).image[:, 0].to(state.device)
+def registration(provider: str, config: Config, device: str, case: str):
+    """A function that runs ten registration steps, or all the registration of an iteration: one of ``CASES``."""
+    state, batch = state_of(provider, config, device), data(config.data.patch)
+    volumes, annotation, index = (x.to(state.device) for x in (batch.image[:, 0], batch.annotation, batch.index))
+    labeled = volumes[:len(index)]
 
-    def run():
+    def steps(volumes: Tensor, masks: Tensor | None) -> Tensor:
         pairs = sample_pairs(volumes, config.registration)
         if provider == "spss_fast":
-            return state.registration_steps(volumes, None, *pairs)
-        with backend("reference"):
-            return registration_steps(
-                state.registration, state.adam, volumes, None, pairs, config.registration, state.amp
+            return state.registration_steps(volumes, masks, *pairs)
+        return registration_steps(state.registration, state.adam, volumes, masks, pairs, config.registration, state.amp)
+
+    def labels() -> Tensor:
+        if provider == "spss_fast":
+            classes = config.data.class_count
+            return registration_labels(
+                state.registration, labeled, batch.annotation, index, classes, config.registration, state.amp
             )
+        return imported_straightforward().slice_chain(
+            state.registration, labeled, annotation, index, config.registration
+        )
+
+    def run() -> None:
+        with contextlib.nullcontext() if provider == "spss_fast" else backend("reference"):
+            steps(volumes, None)
+            if case == CASES[1]:
+                steps(labeled, foreground_masks(labels(), config.data.class_count))
 
     return run
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("preset", PRESETS)
-def bench_registration(measure, device, preset, provider):
+@pytest.mark.parametrize("case", CASES)
+def bench_registration(measure, device, case, preset, provider):
     require(provider)
     config = settings(preset)
-    with alone(device, registration, provider, config, device) as run:
-        measure(run, operator="step", case="10 registration steps", size=preset, provider=provider,
+    with alone(device, registration, provider, config, device, case) as run:
+        measure(run, operator="step", case=case, size=preset, provider=provider,
                 elements=data(config.data.patch).image.numel(), bytes=0, flops=count_flops(run))
 
 
