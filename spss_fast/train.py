@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -27,7 +26,7 @@ from spss_fast.engine.preview import save_preview
 from spss_fast.engine.profiling import phase, profiler
 from spss_fast.engine.progress import Progress
 from spss_fast.engine.run_folder import RunFolder
-from spss_fast.engine.step import State, foreground_dice, joint_iteration, registration_epoch
+from spss_fast.engine.step import Outputs, State, foreground_dice, joint_iteration, registration_epoch
 from spss_fast.errors import UserError
 
 DESCRIPTION = """Train a segmentation network from a folder of scans of which a few have ONE annotated slice.
@@ -66,11 +65,13 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
     dataset = load(config, console)
     state = State(config, device, amp)
     if resume:
+        folder.refuse_other_cases(dataset.describe())
         checkpoint.restore(state, checkpoint.read(folder.checkpoint, device))
         folder.rewind("registration", state.epoch)
         folder.rewind("joint", state.iteration)
     else:
         folder.create(config, device, dataset.describe())
+        checkpoint.save(state, folder.checkpoint)  # so that there is one to go on from, wherever the run stops
     precision = "float32" if amp is None else str(amp).removeprefix("torch.")
     console.print(f"{dataset.summary()}; {device}, {precision}, {loader} loader; run folder {out}",
                   highlight=False, soft_wrap=True)
@@ -78,6 +79,7 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         with determinism(config.training.deterministic):
             pretrain_registration(state, dataset, folder, console)
             train_jointly(state, dataset, folder, console)
+            measure_registration_labels(state, dataset, folder, console)
         if peak := peak_memory(device):
             console.print(f"peak memory: {peak / 2**30:.2f} GiB", highlight=False)
         console.print(f"done; {_next_step(dataset, out)}", highlight=False, soft_wrap=True)
@@ -106,9 +108,10 @@ def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, con
     ):
         while state.epoch < epochs:
             with uninterrupted(console):
-                loss = registration_epoch(state, islice(loader, per_epoch))
-                folder.log("registration", state.epoch, {"loss": float(loss)})
-                progress.update(state.epoch, f"loss {float(loss):.4f}")
+                loss = float(registration_epoch(state, islice(loader, per_epoch)))
+                _refuse_divergence(config, f"epoch {state.epoch} of stage 1", loss_registration=loss)
+                folder.log("registration", state.epoch, {"loss": loss})
+                progress.update(state.epoch, f"loss {loss:.4f}")
                 if state.epoch % max(1, config.training.checkpoint_every // per_epoch) == 0 or state.epoch == epochs:
                     checkpoint.save(state, folder.checkpoint)
 
@@ -117,6 +120,7 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
     """Stage 2: the joint iterations, with metrics, previews and checkpoints on the way."""
     config, training, values = state.config, state.config.training, state.config.data.class_values
     sampler = Sampler(dataset.labeled, dataset.unlabeled, config, training.seed)
+    monitored = any(volume.reference is not None for volume in dataset.labeled)
     if state.iteration >= training.iterations:
         return
     with (
@@ -129,40 +133,54 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
                 with state.beside(), phase("data"):
                     batch = next(loader)
                 outputs = joint_iteration(state, batch)
-                t = state.iteration
                 if profile is not None:
                     profile.step()
-                if t % training.log_every == 0 or t == training.iterations:
-                    state.settle()
-                    row = {name: float(value) for name, value in outputs.metrics.items()}
-                    if not math.isfinite(row["loss"]):
-                        raise UserError(
-                            f"the loss is {row['loss']} at iteration {t}, so training has failed: try a lower --lr (it "
-                            f"is {training.lr}) or --amp off; the last checkpoint is kept as it is"
-                        )
-                    if batch.reference is not None:
-                        row |= foreground_dice("dice_registration", outputs.registration, batch.reference, values)
-                        row |= foreground_dice("dice_fused", outputs.fused, batch.reference, values)
+                t, last = state.iteration, state.iteration == training.iterations
+                logs, saves = (last or t % every == 0 for every in (training.log_every, training.checkpoint_every))
+                if logs or saves:
+                    row = _metrics(state, batch, outputs, monitored)
+                if logs:
                     folder.log("joint", t, row)
                     progress.update(t, _status(row))
-                if t % training.preview_every == 0 or t == training.iterations:
+                if training.preview_every and (last or t % training.preview_every == 0):
                     save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t, values)
-                if t == training.iterations:
-                    finish(state, dataset, loader, folder, console)
-                if t % training.checkpoint_every == 0 or t == training.iterations:
+                if last and training.refresh_batches:
+                    state.settle()
+                    images = (batch.image for batch in islice(loader, training.refresh_batches))
+                    refresh_batch_norm(state.student, images, state.amp)
+                if saves:
                     checkpoint.save(state, folder.checkpoint)
 
 
-def finish(state: State, dataset: Dataset, loader: Iterator[Batch], folder: RunFolder, console: Console) -> None:
-    """Settle the student's batch norm for inference, and measure the registration labels where they can be."""
-    state.settle()
-    refresh = state.config.training.refresh_batches
-    if refresh:
-        refresh_batch_norm(state.student, (batch.image for batch in islice(loader, refresh)), state.amp)
+def measure_registration_labels(state: State, dataset: Dataset, folder: RunFolder, console: Console) -> None:
+    """Measure the registration labels where there are full labels to compare with."""
     rows = evaluate_labels(state.registration, dataset.labeled, state.config, state.device, state.amp)
     if rows:
         write_metrics(folder.path / "registration_labels.csv", rows)
         console.print(f"registration labels of the {len(rows)} annotated volumes: {dice_line(rows)}")
+
+
+def _metrics(state: State, batch: Batch, outputs: Outputs, monitored: bool) -> dict[str, float]:
+    """What ``joint.csv`` keeps of an iteration, Dice too if ``monitored``; ``UserError`` where a loss is not finite."""
+    state.settle()
+    row = {name: float(value) for name, value in outputs.metrics.items()}
+    losses = {name: row[name] for name in ("loss_registration", "loss_registration_labels", "loss")}
+    _refuse_divergence(state.config, f"iteration {state.iteration}", **losses)
+    if monitored:  # a batch of volumes without full labels has nan, so that every row has the same columns
+        values = state.config.data.class_values
+        row |= foreground_dice("dice_registration", outputs.registration, batch.reference, values)
+        row |= foreground_dice("dice_fused", outputs.fused, batch.reference, values)
+    return row
+
+
+def _refuse_divergence(config: Config, when: str, **losses: float) -> None:
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            flag, rate = "--lr", config.training.lr
+            if name != "loss":
+                flag, rate = "--registration-lr", config.registration.registration_lr
+            raise UserError(f"the {name} is {loss} at {when}, so training has failed: try a lower {flag} (it is {rate})"
+                            " or --amp off; the last checkpoint is kept as it is")
 
 
 def _next_step(dataset: Dataset, out: Path) -> str:
@@ -174,7 +192,7 @@ def _next_step(dataset: Dataset, out: Path) -> str:
 
 def _status(row: dict[str, float]) -> str:
     text = f"L_s {row['loss_s']:.3f} L_u {row['loss_u']:.4f} L_c {row['loss_c']:.4f} K {row['K']:.0f}"
-    if "dice_fused" in row:
+    if not math.isnan(row.get("dice_fused", math.nan)):
         text += f" Dice reg {row['dice_registration']:.2f} fused {row['dice_fused']:.2f}"
     return text
 

@@ -158,6 +158,14 @@ def test_a_training_that_diverges_stops_and_says_so(settings, tmp_path):
         _train(settings | {"lr": 1e30, "iterations": 6, "log_every": 1}, tmp_path / "run")
 
 
+def test_a_registration_that_diverges_stops_too(settings, tmp_path):
+    with pytest.raises(UserError, match=r"the loss_registration is nan at epoch 1 .*--registration-lr .it is 1e\+30"):
+        _train(settings | {"registration_lr": 1e30}, tmp_path / "one")
+    with pytest.raises(UserError, match=r"loss_registration\w* is nan at iteration \d+.*--registration-lr"):
+        _train(settings | {"registration_lr": 1e30, "registration_epochs": 0, "log_every": 50}, tmp_path / "two")
+    assert checkpoint.read(tmp_path / "two" / "checkpoints" / "last.pt")["iteration"] == 0
+
+
 def _weights(content: dict) -> list[torch.Tensor]:
     return [value for part in ("student", "teacher", "registration") for value in content[part].values()]
 
@@ -188,6 +196,53 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(settings, t
     assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(parts)))
     joint = [(tmp_path / name / "joint.csv").read_text() for name in ("whole", "parts")]
     assert joint[0] == joint[1]
+
+
+def test_a_run_resumed_amid_stage_1_goes_on_with_its_batches(settings, tmp_path, monkeypatch, interruptible):
+    changes = {"n_labeled": 4, "n_test": 0, "registration_epochs": 3, "iterations": 1}
+    whole = _train(settings | changes, tmp_path / "whole")
+    pretrain = train.registration_epoch
+
+    def interrupted(state, batches):
+        if state.epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+        return pretrain(state, batches)
+
+    monkeypatch.setattr(train, "registration_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _train(settings | changes, tmp_path / "parts")
+    assert checkpoint.read(tmp_path / "parts" / "checkpoints" / "last.pt")["epoch"] == 2
+    monkeypatch.setattr(train, "registration_epoch", pretrain)
+    parts = _train(settings | changes, tmp_path / "parts", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(_weights(whole), _weights(parts)))
+    texts = [(tmp_path / name / "registration.csv").read_text() for name in ("whole", "parts")]
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 4
+
+
+def test_resume_refuses_other_data(settings, phantoms, tmp_path):
+    """Else a case that is recorded as a test case might train."""
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    _train(settings | {"data_dir": str(data), "iterations": 1}, tmp_path / "run")
+    shutil.copytree(data / "case_00001", data / "case_00009")
+    with pytest.raises(UserError, match=r"cases are not those that the run in .* began with: case_0000.*another --out"):
+        train.main(["--out", str(tmp_path / "run"), "--resume"])
+
+
+def test_full_labels_of_some_annotated_volumes_leave_the_metrics_in_columns(settings, tmp_path, monkeypatch):
+    load = train.load
+
+    def partly(config, console):
+        dataset = load(config, console)
+        dataset.labeled[0].reference = None
+        return dataset
+
+    monkeypatch.setattr(train, "load", partly)
+    changes = {"batch_labeled": 1, "batch_unlabeled": 1, "iterations": 4, "log_every": 1}
+    _train(settings | changes, tmp_path / "run")
+    with (tmp_path / "run" / "joint.csv").open() as file:
+        dice = [float(row["dice_fused"]) for row in csv.DictReader(file)]
+    assert sum(np.isnan(dice)) == 2 and len(dice) == 4
 
 
 def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(
@@ -332,9 +387,16 @@ def test_the_same_seed_gives_the_same_bits(settings, tmp_path):
 def test_half_precision_scales_its_gradients_and_goes_on_with_its_scale(settings, tmp_path):
     changes = {"amp": "fp16", "iterations": 2, "checkpoint_every": 1}
     content = _train(settings | changes, tmp_path / "run")
-    assert content["scaler"]["scale"] > 1 and content["registration_scaler"]["scale"] > 1
+    assert content["scaler"]["scale"] == content["registration_scaler"]["scale"] == 2**16
     assert all(value.isfinite().all() for value in _weights(content) if value.is_floating_point())
-    assert any(group for group in content["sgd"]["state"].values())  # no step was skipped for an overflow
+    # no step was skipped for an overflow
+    assert any(group["momentum_buffer"].any() for group in content["sgd"]["state"].values())
+
+    content["scaler"]["scale"], content["config"]["training"]["iterations"] = 2.0**10, 3
+    torch.save(content, tmp_path / "run" / "checkpoints" / "last.pt")
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
+    content = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert (content["iteration"], content["scaler"]["scale"]) == (3, 2**10)
 
 
 def test_a_profiled_run_says_where_its_time_goes(settings, tmp_path, capsys):
@@ -348,3 +410,12 @@ def test_a_profiled_run_says_where_its_time_goes(settings, tmp_path, capsys):
     with gzip.open(run / "trace.json.gz") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {f"spss_fast/{phase}" for phase in PHASES} <= names
+
+
+def test_a_profiled_run_that_ends_early_counts_what_it_profiled(settings, tmp_path, capsys):
+    flags = ["--dataset", "phantom", "--profile", "10", *_flags(settings)]
+    train.main([*flags, "--out", str(tmp_path / "three"), "--iterations", "3"])
+    assert "mean of 1" in capsys.readouterr().out
+    train.main([*flags, "--out", str(tmp_path / "two"), "--iterations", "2"])
+    assert "nothing was profiled: --profile leaves out the first 2 iterations" in capsys.readouterr().out
+    assert not (tmp_path / "two" / "profile.txt").exists()

@@ -46,7 +46,11 @@ def build(
         apex, _, _ = _apex(device)
         return apex.FusedSGD(student, **sgd), apex.FusedAdam(registration, lr=adam_lr, adam_w_mode=False)
     adam = torch.optim.Adam(registration, adam_lr, fused=True, capturable=device.type == "cuda")
-    return torch.optim.SGD(student, **sgd, fused=True), adam
+    descent = torch.optim.SGD(student, **sgd, fused=True)
+    # made by a first step that gradient scaling skips, they would hold whatever lay in their memory
+    for parameter in descent.param_groups[0]["params"]:
+        descent.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return descent, adam
 
 
 def moving_average(name: str, device: torch.device) -> Average:

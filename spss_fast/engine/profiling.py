@@ -26,7 +26,8 @@ def phase(name: str) -> record_function:
 
 @contextlib.contextmanager
 def profiler(iterations: int, device: torch.device, folder: Path, console: Console) -> Iterator[profile | None]:
-    """Profile ``iterations`` iterations, the first two left out, and write ``trace.json.gz`` and the printed table.
+    """Profile ``iterations`` iterations, the first two left out, and write ``trace.json.gz`` and the printed table: of
+    those that there were, where a run ends before.
 
     Yields the profiler, whose ``step()`` ends an iteration; None where ``iterations`` is 0.
     """
@@ -35,9 +36,12 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
         return
 
     def finish(done: profile) -> None:
+        profiled = done.step_num - WARMUP
+        if profiled < 1:
+            return
         trace = folder / "trace.json.gz"
         done.export_chrome_trace(str(trace))
-        table = phase_table(trace, iterations)
+        table = phase_table(trace, profiled)
         console.print(table)
         with (folder / "profile.txt").open("w", encoding="utf-8") as file:
             Console(file=file, width=100).print(table)
@@ -46,17 +50,22 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
     plan = schedule(wait=WARMUP - 1, warmup=1, active=iterations, repeat=1)
     with profile(activities=activities, schedule=plan, on_trace_ready=finish) as running:
         yield running
+    if running.step_num <= WARMUP:
+        console.print(f"nothing was profiled: --profile leaves out the first {WARMUP} iterations, and this run had "
+                      f"{running.step_num}", highlight=False)
 
 
 def phase_table(trace: Path, iterations: int) -> Table:
-    """Milliseconds an iteration and share of it, by phase, from a Chrome trace (.json.gz); on a GPU also the time that
-    the kernels ran which a phase launched."""
+    """Milliseconds an iteration and share of it, by phase, from a Chrome trace (.json.gz) of that many ``iterations``;
+    on a GPU also the time that the kernels ran which a phase launched."""
     with gzip.open(trace) as file:
         events = json.load(file)["traceEvents"]
     marks = [e for e in events if e.get("cat") == "user_annotation"]
-    steps = [e for e in marks if e["name"].startswith("ProfilerStep")]
-    phases = [e for e in marks if e["name"].removeprefix(PREFIX) in PHASES]
-    begin, total = min(e["ts"] for e in steps), sum(e["dur"] for e in steps)
+    steps = sorted((e for e in marks if e["name"].startswith("ProfilerStep")), key=lambda e: e["ts"])
+    steps = steps[:iterations]  # where a run ends, one more has just begun
+    begin, total = steps[0]["ts"], sum(e["dur"] for e in steps)
+    end = steps[-1]["ts"] + steps[-1]["dur"]
+    phases = [e for e in marks if e["name"].removeprefix(PREFIX) in PHASES and e["ts"] < end]
     on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and e["ts"] >= begin]
     spent, kernels = dict.fromkeys(PHASES, 0.0), dict.fromkeys((*PHASES, "other"), 0.0)
     for event in phases:

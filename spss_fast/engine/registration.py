@@ -12,6 +12,8 @@ from spss_fast.config import RegistrationSettings
 from spss_fast.ops.losses import SMOOTH
 from spss_fast.ops.warp import warp
 
+FLOW_PIXELS = 2**23  # of all pairs of one forward: some 2 GB of feature maps; every preset's batch has fewer
+
 
 def negative_ncc(warped: Tensor, fixed: Tensor, window: int = 9) -> Tensor:
     """Negative mean of the squared local normalised cross correlation of slices (B, 1, h, w), as in VoxelMorph."""
@@ -52,7 +54,7 @@ def registration_steps(
     pairs: tuple[Tensor, Tensor, Tensor], settings: RegistrationSettings, amp: torch.dtype | None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
-    """Ten optimizer steps, each on the next row of ``pairs``; returns the last loss, a detached scalar.
+    """Optimizer steps, each on the next row of ``pairs``; returns the last loss, a detached scalar.
 
     ``volumes`` (B, h, w, d) images, ``pairs`` their neighbouring slices by :func:`sample_pairs`. Without ``labels`` the
     loss is the image similarity (stage 1, step 1); with ``labels``, the fused ones as foreground masks
@@ -94,7 +96,8 @@ def registration_steps(
 
 @torch.no_grad()
 def neighbour_flows(network: nn.Module, volumes: Tensor, amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Displacements between all neighbouring slices of ``volumes`` (B, h, w, d), in one batched forward.
+    """Displacements between all neighbouring slices of ``volumes`` (B, h, w, d), in one batched forward, or in several
+    where they hold more than :data:`FLOW_PIXELS`.
 
     Returns ``(up, down)``, each (B, d - 1, 2, h, w) in voxels: up[:, z] takes slice z to z + 1, down[:, z] takes
     slice z + 1 to z.
@@ -102,7 +105,9 @@ def neighbour_flows(network: nn.Module, volumes: Tensor, amp: torch.dtype | None
     batch, depth = volumes.shape[0], volumes.shape[-1]
     slices = volumes.movedim(-1, 1)
     lower, upper = slices[:, :-1].flatten(0, 1)[:, None], slices[:, 1:].flatten(0, 1)[:, None]
+    moving, fixed = torch.cat([lower, upper]), torch.cat([upper, lower])
+    count = max(1, FLOW_PIXELS // moving[0].numel())
     with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
-        displacement = network(torch.cat([lower, upper]), torch.cat([upper, lower])).float()
+        displacement = torch.cat([network(m, f).float() for m, f in zip(moving.split(count), fixed.split(count))])
     up, down = displacement.unflatten(0, (2, batch, depth - 1))
     return up, down

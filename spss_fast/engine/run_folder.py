@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import platform
 import sys
 import time
@@ -68,6 +69,17 @@ class RunFolder:
         """What ``cases.json`` says."""
         return json.loads((self.path / "cases.json").read_text())
 
+    def refuse_other_cases(self, cases: dict[str, Any]) -> None:
+        """Raise ``UserError`` where the data give other ``cases`` than this run began with."""
+        before = self.cases()
+        for part in ("annotated", "train", "test"):
+            if before[part] != cases[part]:
+                changed = sorted(set(before[part]) ^ set(cases[part]))
+                what = f": {', '.join(changed[:4])}" + ", ..." * (len(changed) > 4) if changed else ""
+                raise UserError(
+                    f"the {part} cases are not those that the run in {self.path} began with{what}; put scans, lists "
+                    "and annotations back as they were, or begin another run with another --out")
+
     def log(self, stage: str, step: int, row: dict[str, float]) -> None:
         """Append one row of metrics to the stage's CSV and to TensorBoard."""
         path = self.path / f"{stage}.csv"
@@ -80,7 +92,8 @@ class RunFolder:
         if self._writer is None:
             self._writer = SummaryWriter(self.path)
         for name, value in row.items():
-            self._writer.add_scalar(f"{stage}/{name}", value, step)
+            if not math.isnan(value):
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop rows after ``step``: what an interrupted run logged beyond its last checkpoint is computed again."""

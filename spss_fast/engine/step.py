@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -54,14 +55,15 @@ class State:
     average: optimizers.Average = field(init=False)  # how the teacher follows the student
     last_loss: Tensor = field(init=False)  # L_pace of the last iteration; inf before the first
     stream: torch.cuda.Stream | None = field(init=False)  # of registration, on a GPU
-    settled: bool = True  # whether that stream has yet to wait for the current one
+    must_wait: bool = True  # whether that stream has yet to wait for the current one
 
     def __post_init__(self) -> None:
         network, training = self.config.network, self.config.training
         torch.manual_seed(training.seed)
-        # channels last is what the convolutions of CPUs and GPUs are fastest in
+        # channels last is what the convolutions of CPUs and GPUs are fastest in; apex knows it for two axes, not three
+        layout = torch.channels_last_3d if training.optimizer == "torch" else torch.contiguous_format
         self.student = VNet(self.config.data.class_count, network.filters, network.dropout).to(
-            self.device, memory_format=torch.channels_last_3d
+            self.device, memory_format=layout
         )
         self.teacher = teacher_of(self.student)
         self.registration = RegistrationNet().to(self.device, memory_format=torch.channels_last)
@@ -93,18 +95,18 @@ class State:
         """A context whose GPU work runs on the stream of registration; on a CPU it does nothing."""
         if self.stream is None:
             return contextlib.nullcontext()
-        if self.settled:
+        if self.must_wait:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            self.settled = False
+            self.must_wait = False
         return torch.cuda.stream(self.stream)
 
     def settle(self) -> None:
         """Have what follows on the current stream wait for registration, and the reverse."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            self.settled = True
+            self.must_wait = True
 
-    def wait(self, event: torch.cuda.Event | None, *tensors: Tensor) -> None:
+    def receive(self, event: torch.cuda.Event | None, *tensors: Tensor) -> None:
         """Have the current stream wait for ``event``, and keep the memory of ``tensors`` until it is done with them."""
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
@@ -208,7 +210,7 @@ def student_passes(
         loss_s = 0.5 * (ce + 0.3 * dice)
         loss = loss_s + loss_u + loss_c
     # 9. gradients
-    state.sgd.zero_grad(set_to_none=True)
+    state.student.zero_grad(set_to_none=True)
     with phase("student"):
         state.scaler.scale(loss).backward()
     losses = (loss, loss_s, loss_u, loss_c, (ce_m + dice_all).double())
@@ -243,13 +245,13 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
             )
 
     # 3 and 5, the teacher's half: on the noisy image and on both views
-    state.wait(ready, image, view1, view2, annotation, index)
+    state.receive(ready, image, view1, view2, annotation, index)
     probability_t, logits_1, logits_2 = state.teacher_passes(image, view1, view2)
     taught = state.mark()
 
     # 8, first half: the host fills the holes of these labels while a GPU goes on with the passes that follow
     with state.beside(), phase("losses"):
-        state.wait(taught, probability_t)
+        state.receive(taught, probability_t)
         w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
         fused = fuse(label_reg, probability_t[:labeled], w_p)
         fused_there = state.mark()
@@ -274,7 +276,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     with phase("losses"):
         label_seg, label = fused.finished(annotation, index)
         labels_there = state.mark()
-        state.wait(fused_there, label_reg)
+        state.receive(fused_there, label_reg)
         weights = voxel_weights(
             label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
             training.label_weights == "truncated",
@@ -296,7 +298,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
 
     # 10. registration steps on the fused labels
     with state.beside():
-        state.wait(labels_there, label)
+        state.receive(labels_there, label)
         supervised_registration_loss = state.registration_steps(
             volumes[:labeled], foreground_masks(label, classes), *sample_pairs(volumes[:labeled], registration)
         )
@@ -312,12 +314,18 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     )
 
 
-def foreground_dice(name: str, prediction: Tensor, reference: Tensor, values: Sequence[int]) -> dict[str, float]:
+def foreground_dice(
+    name: str, prediction: Tensor, reference: Tensor | None, values: Sequence[int]
+) -> dict[str, float]:
     """Dice of two labels in [0, C) averaged over foreground classes, as ``name``, for monitoring; 1 where both are
-    empty. Several classes stand beside it, each as ``name_VALUE``; ``values`` are the classes' label values."""
-    reference, dice = reference.to(prediction.device), {}
+    empty, nan without a ``reference``. Several classes stand beside it, each as ``name_VALUE``; ``values`` are the
+    classes' label values."""
+    dice = {}
     for c, value in enumerate(values[1:], 1):
-        p, r = prediction == c, reference == c
+        if reference is None:
+            dice[f"{name}_{value}"] = math.nan
+            continue
+        p, r = prediction == c, reference.to(prediction.device) == c
         total = int(p.sum()) + int(r.sum())
         dice[f"{name}_{value}"] = 2 * int((p & r).sum()) / total if total else 1.0
     return {name: sum(dice.values()) / len(dice)} | (dice if len(dice) > 1 else {})

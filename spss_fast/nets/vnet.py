@@ -49,8 +49,9 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
     if isinstance(convolution, nn.ConvTranspose3d):
         return F.conv_transpose3d(x, convolution.weight, stride=convolution.stride)
     if x.device.type == "cpu" and 3 in convolution.kernel_size and (1 in x.shape[2:] or x.shape[2] == 2):
+        amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):
-            return convolution._conv_forward(x.float(), convolution.weight, None)
+            return convolution._conv_forward(x.float(), convolution.weight, None).to(amp)
     return convolution._conv_forward(x, convolution.weight, None)
 
 

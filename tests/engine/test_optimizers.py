@@ -20,6 +20,23 @@ def test_torchs_are_fused_and_take_the_settings():
     assert adam.defaults["lr"] == 0.25
 
 
+def test_a_first_step_that_overflows_leaves_no_trace():
+    """Gradient scaling skips it; torch's fused SGD would make its momentum of whatever lies in memory."""
+    weight = torch.nn.Parameter(torch.ones(1000))
+    sgd, _ = optimizers.build(resolve("la", {"lr": 1.0, "weight_decay": 0.0}), [weight], [weight], torch.device("cpu"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    lying = [torch.full((1000,), 1e30) for _ in range(8)]
+    del lying
+    for gradient in (torch.inf, 0.5):
+        scale = scaler.get_scale()
+        scaler.scale(torch.zeros(()))  # scaling begins with the first loss
+        weight.grad = torch.full((1000,), gradient * scale)
+        scaler.step(sgd)
+        scaler.update()
+    assert scaler.get_scale() == 2.0
+    assert (weight == 0.5).all()
+
+
 def test_apex_needs_a_gpu():
     with pytest.raises(UserError, match="--optimizer apex needs a GPU, and this run is on cpu"):
         optimizers.build(resolve("la", {"optimizer": "apex"}), [], [], torch.device("cpu"))

@@ -46,6 +46,17 @@ def test_flows_of_one_batched_forward_are_those_of_each_pair():
             torch.testing.assert_close(down[b, z], network(upper, lower)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_flows_of_large_volumes_take_several_forwards(monkeypatch):
+    torch.manual_seed(0)
+    network, volumes, pairs = RegistrationNet(), torch.randn(2, 16, 32, 5), []
+    torch.nn.init.normal_(network.flow.weight, 0, 0.1)
+    whole = registration.neighbour_flows(network, volumes, None)
+    monkeypatch.setattr(registration, "FLOW_PIXELS", 3 * 16 * 32)
+    network.register_forward_pre_hook(lambda _, inputs: pairs.append(len(inputs[0])))
+    torch.testing.assert_close(registration.neighbour_flows(network, volumes, None), whole, rtol=1e-4, atol=1e-5)
+    assert pairs == [3, 3, 3, 3, 3, 1]
+
+
 def _drifting_disk(slices: int = 8) -> torch.Tensor:
     """A smooth disk that moves by one voxel a slice: (1, 32, 32, slices)."""
     rows, columns = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
