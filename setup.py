@@ -30,10 +30,12 @@ def note(text: str) -> None:
 
 def has_cuda(torch, cuda_home: str | None) -> bool:
     """Whether the CUDA operators can be built: torch's CUDA and nvcc must be of one major version."""
-    if torch.version.cuda is None or cuda_home is None:
+    if torch.version.cuda is None:
         return False
-    nvcc = os.path.join(cuda_home, "bin", "nvcc")
-    if not os.path.exists(nvcc):
+    nvcc = os.path.join(cuda_home or "", "bin", "nvcc")
+    if cuda_home is None or not os.path.exists(nvcc):
+        note(f"CUDA operators left out: no nvcc; put that of CUDA {torch.version.cuda} on PATH, or its toolkit's "
+             "folder into CUDA_HOME, and install again")
         return False
     release = re.search(r"release (\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if release is None or release.group(1) != torch.version.cuda.split(".")[0]:

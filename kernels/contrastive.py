@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import merge, plane
+from spss_fast.kernels.planes import block_of, grid_of, merge, plane
 from torch import Tensor
 
 from spss_fast.ops import checks
@@ -26,9 +26,7 @@ def _confidence(
     logits, key, predicted, voxels, logits_b, logits_c, logits_v, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """key: confidence in the upper 32 bits, the complement of the index below, so that no two are equal; -1 for NaN."""
-    batch = tl.program_id(1).to(tl.int64)
-    voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = voxel < voxels
+    batch, voxel, inside = block_of(voxels, BLOCK)
     source = logits + batch * logits_b + voxel * logits_v
     top = tl.load(source, inside, 0.0).to(tl.float32)
     best = tl.zeros([BLOCK], tl.int32)
@@ -54,7 +52,7 @@ def select_prototypes(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     key = torch.empty(batch * voxels, dtype=torch.int64, device=logits.device)
     predicted = torch.empty(batch * voxels, dtype=torch.int32, device=logits.device)
     if key.numel():
-        _confidence[(triton.cdiv(voxels, BLOCK), batch)](
+        _confidence[grid_of(batch, voxels, BLOCK)](
             source, key, predicted, voxels, *source.stride(), CHANNELS=channels, BLOCK=BLOCK
         )
     classes = torch.arange(channels, dtype=torch.int32, device=logits.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import merge, plane
+from spss_fast.kernels.planes import block_of, grid_of, merge, plane
 from torch import Tensor
 
 from spss_fast.ops import checks
@@ -42,11 +42,9 @@ def _forward(
     CHANNELS: tl.constexpr, ON_PROBABILITIES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """Per block: sum of weighted CE, sum of weights, then per class (hit, size) under the mask and without it."""
-    batch = tl.program_id(1).to(tl.int64)
-    voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = voxel < voxels
+    batch, voxel, inside = block_of(voxels, BLOCK)
     source = logits + batch * logits_b + voxel * logits_v
-    out = partial + (batch * tl.num_programs(0) + tl.program_id(0)) * (2 + 4 * CHANNELS)
+    out = partial + tl.program_id(0).to(tl.int64) * (2 + 4 * CHANNELS)
     label = tl.load(target + batch * voxels + voxel, inside, 0)
     w = tl.load(weight + batch * voxels + voxel, inside, 0).to(tl.float32)
     top, norm = _softmax(source, logits_c, inside, CHANNELS)
@@ -93,9 +91,7 @@ def _backward(
     logits, target, weight, ce_slope, slopes, grad, voxels, logits_b, logits_c, logits_v, grad_b, grad_c, grad_v,
     CHANNELS: tl.constexpr, ON_PROBABILITIES: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = voxel < voxels
+    batch, voxel, inside = block_of(voxels, BLOCK)
     source = logits + batch * logits_b + voxel * logits_v
     target_grad = grad + batch * grad_b + voxel * grad_v
     label = tl.load(target + batch * voxels + voxel, inside, 0)
@@ -136,7 +132,7 @@ def _sums(logits: Tensor, target: Tensor, weight: Tensor, on_probabilities: bool
     blocks = triton.cdiv(voxels, BLOCK)
     partial = torch.empty((batch, blocks, 2 + 4 * channels), dtype=torch.float32, device=logits.device)
     if partial.numel():
-        _forward[(blocks, batch)](
+        _forward[grid_of(batch, voxels, BLOCK)](
             source, target.contiguous(), weight.contiguous(), partial, voxels, *source.stride(),
             CHANNELS=channels, ON_PROBABILITIES=on_probabilities, MASKED=masked, BLOCK=BLOCK,
         )
@@ -169,7 +165,7 @@ def _gradient(logits, target, weight, ce, slopes, on_probabilities: bool, masked
     # Where the layout of logits does not merge, its gradient is written contiguous and then copied.
     merged = merge(grad)
     if grad.numel():
-        _backward[(triton.cdiv(voxels, BLOCK), batch)](
+        _backward[grid_of(batch, voxels, BLOCK)](
             source, target.contiguous(), weight.contiguous(), ce.float().contiguous(), slopes.float().contiguous(),
             merged, voxels, *source.stride(), *merged.stride(),
             CHANNELS=channels, ON_PROBABILITIES=on_probabilities, MASKED=masked, BLOCK=BLOCK,

@@ -23,10 +23,17 @@ COLUMNS = 64  # most channels of a tile
 
 
 @triton.jit
+def _chunk_of(voxels, tiles, ROWS: tl.constexpr):
+    """Batch element and chunk of so many tiles of this program. The grid's second axis is blocks of channels."""
+    chunks = (voxels - 1) // ROWS // tiles + 1
+    return (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
+
+
+@triton.jit
 def _tile(chunk, voxels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows of a tile, its channels, and which of both there are."""
     row = chunk * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     return row, c, (row < voxels)[:, None] & (c < channels)[None, :]
 
 
@@ -45,8 +52,8 @@ def _normalised(value, c, channels, weight, bias, mean, variance, eps: tl.conste
 
 
 @triton.jit
-def _store_sums(partial, first, second, chunk, batch, c, channels):
-    out = partial + (batch * tl.num_programs(0) + chunk) * 2 * channels + c
+def _store_sums(partial, first, second, c, channels):
+    out = partial + tl.program_id(0).to(tl.int64) * 2 * channels + c
     tl.store(out, tl.sum(first, 0), c < channels)
     tl.store(out + channels, tl.sum(second, 0), c < channels)
 
@@ -70,10 +77,10 @@ def _moments(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """Sums of x and of its square, about the channel's first value."""
-    chunk, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    batch, chunk = _chunk_of(voxels, tiles, ROWS)
     first = tl.zeros([ROWS, COLUMNS], WIDE)
     second = tl.zeros([ROWS, COLUMNS], WIDE)
-    c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     center = tl.load(x + c.to(tl.int64) * x_c, c < channels, 0.0).to(WIDE)
     for tile in range(tiles):
         row, c, inside = _tile(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
@@ -81,7 +88,7 @@ def _moments(
         d = tl.where(inside, value - center[None, :], 0.0)
         first += d
         second += d * d
-    _store_sums(partial, first, second, chunk, batch, c, channels)
+    _store_sums(partial, first, second, c, channels)
 
 
 @triton.jit(do_not_specialize=["parts", "count"])
@@ -104,8 +111,8 @@ def _apply(
     skip_v: tl.constexpr, y_b, y_c, y_v: tl.constexpr, channels: tl.constexpr, eps: tl.constexpr,
     WITH_SKIP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    row, c, inside = _tile(tl.program_id(0).to(tl.int64), voxels, channels, ROWS, COLUMNS)
+    batch, tile = _chunk_of(voxels, 1, ROWS)
+    row, c, inside = _tile(tile, voxels, channels, ROWS, COLUMNS)
     value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
     _, _, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
     z = tl.where(z < 0, 0.0, z)  # NaN stays NaN
@@ -121,10 +128,10 @@ def _add_gradients(
     COLUMNS: tl.constexpr,
 ):
     """Sums of the gradient behind the ReLU, and of its product with x about the mean."""
-    chunk, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    batch, chunk = _chunk_of(voxels, tiles, ROWS)
     first = tl.zeros([ROWS, COLUMNS], WIDE)
     second = tl.zeros([ROWS, COLUMNS], WIDE)
-    c = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     for tile in range(tiles):
         row, c, inside = _tile(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
         value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
@@ -133,7 +140,7 @@ def _add_gradients(
         g = tl.where(inside & (z > 0), g, 0.0)
         first += g
         second += tl.where(inside, g * about_mean, 0.0)
-    _store_sums(partial, first, second, chunk, batch, c, channels)
+    _store_sums(partial, first, second, c, channels)
 
 
 @triton.jit(do_not_specialize=["parts", "count"])
@@ -161,8 +168,8 @@ def _input_gradient(
     BATCH_STATISTICS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """dx = scale (g - a - b (x - mean))."""
-    batch = tl.program_id(1).to(tl.int64)
-    row, c, inside = _tile(tl.program_id(0).to(tl.int64), voxels, channels, ROWS, COLUMNS)
+    batch, tile = _chunk_of(voxels, 1, ROWS)
+    row, c, inside = _tile(tile, voxels, channels, ROWS, COLUMNS)
     value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
     about_mean, scale, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
     g = tl.load(grad + _at(batch, row, c, grad_b, grad_c, grad_v), inside, 0.0).to(WIDE)
@@ -193,9 +200,8 @@ class _Launch:
         rows = TILE // columns
         tiles, blocks = triton.cdiv(self.voxels, rows), triton.cdiv(channels, columns)
         self.tiles = triton.cdiv(tiles, max(1, programs // batch))  # of one program
-        self.sums = triton.cdiv(tiles, self.tiles), batch, blocks
-        self.each = tiles, batch, blocks
-        self.parts = self.sums[0] * batch
+        self.parts = triton.cdiv(tiles, self.tiles) * batch
+        self.sums, self.each = (self.parts, blocks), (tiles * batch, blocks)
         self.partial = torch.empty(self.parts, 2, channels, dtype=self.wide, device=x.device)
         wide = {"channels": channels, "WIDE": tl.float64 if self.wide == torch.float64 else tl.float32}
         self.shape = wide | {"ROWS": rows, "COLUMNS": columns}

@@ -1,4 +1,7 @@
-"""How the kernels address (B, C, *spatial) tensors: three strides, as the spatial axes merge into one."""
+"""How the kernels address (B, C, *spatial) tensors: three strides, as the spatial axes merge into one.
+
+A grid has one axis for the batch and its blocks of voxels, as CUDA's other axes end at 65535 programs.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,20 @@ from torch import Tensor
 def plane(voxel_0, c, stride):
     """The address of channel c, given that of channel 0: in 64 bits, as strides come in 32 where they fit."""
     return voxel_0 + tl.cast(c, tl.int64) * stride
+
+
+@triton.jit
+def block_of(voxels, BLOCK: tl.constexpr):
+    """Batch element of this program, its voxels, and which of them there are."""
+    blocks = (voxels - 1) // BLOCK + 1  # tl.cdiv would leave 32 bits for the last sizes that fit them
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    voxel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return batch, voxel, voxel < voxels
+
+
+def grid_of(batch: int, voxels: int, block: int) -> tuple[int]:
+    """The grid for :func:`block_of`."""
+    return (batch * triton.cdiv(voxels, block),)
 
 
 def merge(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import merge, merges, plane
+from spss_fast.kernels.planes import block_of, grid_of, merge, merges, plane
 from torch import Tensor
 
 from spss_fast.ops import checks
@@ -25,9 +25,7 @@ def _accumulate(
     total, logits, voxels, total_b, total_c, total_v, logits_b, logits_c, logits_v,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = voxel < voxels
-    batch = tl.program_id(1).to(tl.int64)
+    batch, voxel, inside = block_of(voxels, BLOCK)
     source = logits + batch * logits_b + voxel * logits_v
     target = total + batch * total_b + voxel * total_v
     top = tl.load(source, inside, 0.0).to(tl.float32)
@@ -56,9 +54,7 @@ def _entropy(
     total, result, histogram, missing, voxels, passes, total_b, total_c, total_v,
     CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    voxel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = voxel < voxels
-    batch = tl.program_id(1).to(tl.int64)
+    batch, voxel, inside = block_of(voxels, BLOCK)
     source = total + batch * total_b + voxel * total_v
     value = tl.zeros([BLOCK], tl.float32)
     for c in range(CHANNELS):
@@ -130,8 +126,9 @@ def accumulate_softmax(total: Tensor, logits: Tensor) -> None:
         return
     merged, source = merge(total), merge(logits)
     batch, channels, voxels = source.shape
-    grid = (triton.cdiv(voxels, BLOCK), batch)
-    _accumulate[grid](merged, source, voxels, *merged.stride(), *source.stride(), CHANNELS=channels, BLOCK=BLOCK)
+    _accumulate[grid_of(batch, voxels, BLOCK)](
+        merged, source, voxels, *merged.stride(), *source.stride(), CHANNELS=channels, BLOCK=BLOCK
+    )
     if not merges(total):
         total.copy_(merged.view(total.shape))
 
@@ -149,8 +146,7 @@ def uncertainty_mask(total: Tensor, passes: int, keep: Tensor) -> tuple[Tensor, 
     batch, channels, voxels = source.shape
     state = torch.zeros(LEVELS.value * BINS.value + 1, dtype=torch.int32, device=total.device)
     missing = state[-1:]
-    grid = (triton.cdiv(voxels, BLOCK), batch)
-    _entropy[grid](
+    _entropy[grid_of(batch, voxels, BLOCK)](
         source, entropy, state, missing, voxels, passes, *source.stride(), CHANNELS=channels, BLOCK=BLOCK
     )
     blocks = triton.cdiv(count, BLOCK)

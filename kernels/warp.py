@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from spss_fast.kernels.planes import block_of, grid_of
 from torch import Tensor
 
 from spss_fast.ops import checks
@@ -18,11 +19,9 @@ BLOCK = 256
 @triton.jit
 def _voxels(voxels, height, width, BLOCK: tl.constexpr):
     """Batch element, flat voxel, its (z, y, x) and the mask of this program."""
-    blocks = tl.cdiv(voxels, BLOCK)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    voxel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    batch, voxel, mask = block_of(voxels, BLOCK)
     x, y, z = voxel % width, voxel // width % height, voxel // (width * height)
-    return batch, voxel, z, y, x, voxel < voxels
+    return batch, voxel, z, y, x, mask
 
 
 @triton.jit
@@ -215,15 +214,11 @@ def _geometry(image: Tensor, displacement: Tensor) -> tuple[list[int], bool]:
     return [image.shape[1], voxels, *sides, *strides(image), *strides(displacement)], planar
 
 
-def _grid(image: Tensor, voxels: int) -> tuple[int]:
-    return (image.shape[0] * triton.cdiv(voxels, BLOCK),)
-
-
 def warp(image: Tensor, displacement: Tensor, mode: str, padding: str) -> Tensor:
     numbers, planar = _geometry(image, displacement)
     out = torch.empty(image.shape, dtype=image.dtype, device=image.device)
     if out.numel():
-        _forward[_grid(image, numbers[1])](
+        _forward[grid_of(len(image), numbers[1], BLOCK)](
             image, displacement, out, *numbers,
             PLANAR=planar, NEAREST=mode == "nearest", BORDER=padding == "border", BLOCK=BLOCK,
         )
@@ -253,7 +248,7 @@ def warp_backward(
     if grad.numel():
         if fixed:
             scale = fixed_point_scale(grad, numbers[1])
-        _backward[_grid(image, numbers[1])](
+        _backward[grid_of(len(image), numbers[1], BLOCK)](
             grad, image, displacement, for_image, for_displacement, scale, *numbers,
             PLANAR=planar, NEAREST=mode == "nearest", BORDER=padding == "border",
             IMAGE=image_grad, SHIFT=displacement_grad, FIXED=fixed, BLOCK=BLOCK,

@@ -98,6 +98,8 @@ std::tuple<Tensor, Tensor> warp_backward(
             fixed ? scale.const_data_ptr<double>() : nullptr,
             displacement_grad ? for_displacement.mutable_data_ptr() : nullptr, current_stream(image)),
         "warp_backward");
+  } else if (displacement_grad) {
+    for_displacement.zero_();  // no channels
   }
   if (!image_grad) return {at::empty({0}, image.options()), for_displacement};
   return {(fixed ? sums / scale : sums).to(image.scalar_type()), for_displacement};

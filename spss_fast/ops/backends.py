@@ -80,15 +80,22 @@ def _load_extension() -> str | None:
     return None
 
 
-def _say_slow() -> None:
-    """Say once, when it first matters, that there are no compiled operators."""
-    global _missing
-    warnings.warn(
-        f"spss_fast: the compiled extension {_missing}, so operators run on the slower reference backend where there "
-        "is no Triton; `pip install --no-build-isolation .` beside an installed torch and a C++ compiler builds it",
-        RuntimeWarning, stacklevel=4,
-    )
-    _missing = None
+@functools.cache  # so that each text is said once
+def _say(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _say_slow(operator: str, tensor: torch.Tensor, instead: str) -> None:
+    """Say, when it first matters, that compiled operators are missing."""
+    if torch.compiler.is_compiling() or _preferred == "reference":
+        return
+    build = "`pip install --no-build-isolation .` beside an installed torch and"
+    if _missing:
+        _say(f"spss_fast: the compiled extension {_missing}, so operators run on the slower reference backend where "
+             f"there is no Triton; {build} a C++ compiler builds it")
+    elif tensor.device.type == "cuda" and "cuda" in TABLE[operator].get("cuda", ()):
+        _say(f"spss_fast: the CUDA operators are not built, so {operator} runs on {instead}; {build} the nvcc of "
+             "torch's CUDA builds them")
 
 
 def _has_kernel(operator: str, device: str) -> bool:
@@ -179,13 +186,25 @@ def active(operator: str, device: str) -> str:
 
 def use_reference(operator: str, tensor: torch.Tensor) -> bool:
     """Whether a public function is to call its ``reference`` rather than ``torch.ops.spss_fast.*``."""
-    slow = _active.get((operator, tensor.device.type), "reference") == "reference"
-    if slow and not torch.compiler.is_compiling() and _missing and _preferred != "reference":
-        _say_slow()
+    slow = active(operator, tensor.device.type) == "reference"
+    if slow:
+        _say_slow(operator, tensor, "the slower reference backend")
     return slow
 
 
+def use_host(operator: str, tensor: torch.Tensor) -> bool:
+    """Whether a CUDA tensor has only the reference, not asked for, while the host has a compiled operator: where the
+    reference waits for the GPU again and again, copies to the host and back cost less."""
+    on_host = (
+        tensor.device.type == "cuda" and _preferred != "reference"
+        and active(operator, "cuda") == "reference" and active(operator, "cpu") == "cpu"
+    )
+    if on_host:
+        _say_slow(operator, tensor, "copies on the CPU")
+    return on_host
+
+
 _library = torch.library.Library("spss_fast", "FRAGMENT")
-_missing = _load_extension()  # why there are no compiled operators; None where there are, or once it was said
+_missing = _load_extension()  # why there are no compiled operators; None where there are
 _compiled = {pair for pair in _pairs() if _has_kernel(*pair)}
 _prefer(os.environ.get(VARIABLE) or None, VARIABLE)

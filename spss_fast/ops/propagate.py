@@ -123,12 +123,13 @@ def propagate(
     labels: Tensor, index: Tensor, flow_up: Tensor, flow_down: Tensor,
     opening: int = 5, closing: int = 5, far_distance: int = 10, far_iterations: int = 5,
 ) -> Tensor:
-    """The whole slice chains of a batch of volumes, both directions, in one call (on a GPU: one launch).
+    """The whole slice chains of a batch of volumes, both directions, in one call (on a GPU: one launch, or copies on
+    the CPU where the CUDA operators are not built).
 
     Args:
         labels: (B, H, W) uint8 or bool, the annotated slices; what is > 0 is foreground.
-        index: (B,) int64, z* of each volume, in [0, D). On a GPU it is not read on the host: a volume whose index is
-            out of range comes back empty there.
+        index: (B,) int64, z* of each volume, in [0, D). The CUDA operator does not read it on the host: a volume whose
+            index is out of range comes back empty there.
         flow_up: (B, D - 1, 2, H, W) floating, in voxels: displacement [b, z] takes slice z to z + 1.
         flow_down: the same shape and dtype: displacement [b, z] takes slice z + 1 to z. Half types are read as they
             are and computed with in float32.
@@ -146,6 +147,9 @@ def propagate(
     """
     settings = (opening, closing, far_distance, far_iterations)
     _check(labels, index, flow_up, flow_down, *settings)
+    if backends.use_host("propagate", labels):
+        tensors = (tensor.cpu() for tensor in (labels, index, flow_up, flow_down))
+        return torch.ops.spss_fast.propagate(*tensors, *settings).to(labels.device)
     if backends.use_reference("propagate", labels):
         if flow_up.dtype in (torch.bfloat16, torch.float16):
             flow_up, flow_down = flow_up.float(), flow_down.float()

@@ -28,7 +28,12 @@ def is_one(value):
     return type(value) is int and value == 1
 
 
+def check_grid(kernel, *arguments, grid, **named):
+    assert all(programs <= 65535 for programs in grid[1:]), f"{kernel.__module__}.{kernel.__name__}: {grid}"
+
+
 def compile_instead(kernel, *arguments, grid, warmup, **named):
+    check_grid(kernel, grid=grid)
     values = dict(zip(kernel.arg_names, arguments)) | named
     # As on a launch: an integer argument of 1 is made a constant, which has fewer methods than a number of the kernel.
     constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr or is_one(values[p.name])}
@@ -47,12 +52,11 @@ def any_prototypes(logits, k):
     return torch.zeros(logits.shape[1], k, dtype=torch.long), torch.full((logits.shape[1],), k)
 
 
-def main():
-    JITFunction.run = compile_instead
+def launch_all(cases, maps_of, images):
+    """Every launcher, on (dtype, (B, *spatial)); norm on (dtype, (B, C, *spatial)), warp on (B, C, *spatial)."""
     from spss_fast.kernels import contrastive, losses, norm, uncertainty, warp
 
-    # The last is one voxel, so that every number that can be 1 is.
-    for dtype, voxels in ((torch.float32, (2, 6, 6, 6)), (torch.bfloat16, (2, 6, 6, 6)), (torch.float32, (1, 1))):
+    for dtype, voxels in cases:
         logits, features = (torch.zeros(voxels[0], c, *voxels[1:], dtype=dtype) for c in (2, 64))
         total = torch.zeros(logits.shape)
         target, mask = torch.zeros(voxels, dtype=torch.long), torch.zeros(voxels, dtype=torch.bool)
@@ -71,18 +75,31 @@ def main():
             )
         contrastive.select_prototypes = select
         uncertainty.uncertainty_mask(total, 8 if voxels[0] > 1 else 1, torch.tensor(4))
-    for dtype, channels, sides in ((torch.bfloat16, 16, (6, 6, 6)), (torch.float64, 3, (7,)), (torch.float32, 1, (1,))):
-        maps = torch.zeros(2, channels, *sides, dtype=dtype)
+    for dtype, (batch, channels, *sides) in maps_of:
+        maps = torch.zeros(batch, channels, *sides, dtype=dtype)
         maps = maps.contiguous(memory_format=torch.channels_last_3d) if len(sides) == 3 else maps
         wide = torch.zeros(channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for skip, mean in ((maps, None), (None, wide)):
             norm.batch_norm_relu(maps, wide, wide, skip, mean, mean, 1e-5)
             norm.batch_norm_relu_backward(maps, maps, wide, wide, wide, wide, 1e-5, mean is None)
-    for channels, sides in ((2, (6, 6, 6)), (2, (6, 6)), (1, (1, 1, 1))):
-        image, shift = torch.zeros(2, channels, *sides), torch.zeros(2, len(sides), *sides)
+    for batch, channels, *sides in images:
+        image, shift = torch.zeros(batch, channels, *sides), torch.zeros(batch, len(sides), *sides)
         for mode, padding in (("bilinear", "zeros"), ("nearest", "border")):
             warp.warp(image, shift, mode, padding)
             warp.warp_backward(image, image, shift, mode, padding, True, mode == "bilinear")
+
+
+def main():
+    JITFunction.run = compile_instead
+    # The last is one voxel, so that every number that can be 1 is.
+    launch_all(
+        [(torch.float32, (2, 6, 6, 6)), (torch.bfloat16, (2, 6, 6, 6)), (torch.float32, (1, 1))],
+        [(torch.bfloat16, (2, 16, 6, 6, 6)), (torch.float64, (2, 3, 7)), (torch.float32, (2, 1, 1))],
+        [(2, 2, 6, 6, 6), (2, 2, 6, 6), (2, 1, 1, 1, 1)],
+    )
+    JITFunction.run = check_grid  # more samples than CUDA has programs along the second axis of a grid
+    samples = 2**16
+    launch_all([(torch.float32, (samples, 3))], [(torch.float32, (samples, 3, 2))], [(samples, 1, 2, 2)])
     kernels = sorted({key.split()[0] for key in compiled})
     print(*kernels, sep="\n")
 

@@ -1,13 +1,19 @@
 """The table of backends: what overrides it, and what happens without the compiled extension."""
 
 import os
+import runpy
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
+import setuptools
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from spss_fast.ops import backend, warp
+from spss_fast.ops import backend, backends, propagate, warp
 from spss_fast.ops.backends import BACKENDS, PARTS, TABLE, active, available
 
 COMPILED = "cpu" in available("warp", "cpu")
@@ -23,8 +29,8 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
 def test_every_operator_has_a_reference_and_a_schema():
     assert TABLE.keys() == PARTS.keys()
     for operator, devices in TABLE.items():
-        for device, backends in devices.items():
-            assert backends[-1] == "reference" and set(backends) <= set(BACKENDS)
+        for device, names in devices.items():
+            assert names[-1] == "reference" and set(names) <= set(BACKENDS)
             assert active(operator, device) == available(operator, device)[0]
         for part in PARTS[operator]:
             assert hasattr(torch.ops.spss_fast, part)
@@ -97,6 +103,65 @@ print(active("warp", "cpu"), u.grad.shape[1], on_import, sum("compiled extension
 """
     done = python(code, TRITON_INTERPRET="0")
     assert done.stdout.split() == ["reference", "2", "0", "1"], done.stderr
+
+
+class Devices(TorchDispatchMode):
+    """Notes on which device each operator of the package runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        if operator.namespace == "spss_fast":
+            self.seen.append((operator._opname, arguments[0].device.type))
+        return operator(*arguments, **named or {})
+
+
+@pytest.fixture
+def without_cuda_operators(monkeypatch):
+    """As where nvcc was missing at installation: CUDA tensors, which only look like such, and no kernel for them."""
+    for operator in ("warp", "propagate"):
+        monkeypatch.setitem(backends._active, (operator, "cuda"), "reference")
+    backends._say.cache_clear()
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught
+    backends._say.cache_clear()
+
+
+@pytest.mark.skipif(not COMPILED, reason="the compiled extension is not built")
+def test_without_the_cuda_operators_the_reference_says_so_once(without_cuda_operators, monkeypatch):
+    image = torch.zeros(1, 1, 3, 4, device="cuda")
+    monkeypatch.setattr(backends, "_preferred", "reference")
+    assert backends.use_reference("warp", image) and not without_cuda_operators  # it was asked for
+    monkeypatch.setattr(backends, "_preferred", None)
+    assert all(backends.use_reference("warp", image) for _ in range(2))
+    (said,) = without_cuda_operators
+    assert "CUDA operators are not built, so warp runs on the slower reference" in str(said.message)
+
+
+@pytest.mark.skipif(not COMPILED, reason="the compiled extension is not built")
+def test_without_the_cuda_operators_propagate_runs_on_copies_on_the_host(without_cuda_operators):
+    labels = torch.zeros(2, 3, 4, dtype=torch.uint8, device="cuda")
+    index, flow = torch.zeros(2, dtype=torch.long, device="cuda"), torch.zeros(2, 5, 2, 3, 4, device="cuda")
+    with Devices() as devices:
+        volume = propagate(labels, index, flow, flow)
+    assert devices.seen == [("propagate", "cpu")]
+    assert volume.device.type == "cuda" and volume.shape == (2, 3, 4, 6)
+    assert "propagate runs on copies on the CPU" in str(without_cuda_operators[0].message)
+
+
+@pytest.mark.parametrize("home", [None, "/nowhere"])
+def test_the_build_says_that_it_leaves_the_cuda_operators_out(home, monkeypatch, capsys):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    has_cuda = runpy.run_path(str(Path(__file__).resolve().parents[2] / "setup.py"))["has_cuda"]
+    capsys.readouterr()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert not has_cuda(torch, home) and capsys.readouterr().err == ""  # a CPU build of torch: nothing is missing
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert not has_cuda(torch, home)
+    assert "CUDA operators left out: no nvcc; put that of CUDA 13.0 on PATH" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not COMPILED, reason="the compiled extension is not built")

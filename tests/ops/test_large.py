@@ -1,4 +1,4 @@
-"""Operators on more than 2^31 elements, where there is memory for them.
+"""Operators on more than 2^31 elements, where there is memory for them, and on more than 2^16 tiny samples.
 
 Inputs repeat one small volume along a batch axis of stride 0, or are zeros that a CPU never writes: what takes memory
 are the outputs. The reference would take far more of it, and Triton's interpreter far too long.
@@ -13,6 +13,7 @@ import torch
 from spss_fast.ops import (
     accumulate_softmax,
     backend,
+    batch_norm_relu,
     contrastive_loss,
     masked_ce_dice,
     propagate,
@@ -58,8 +59,8 @@ def volume(*shape: int) -> torch.Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
 
-def copies(one: torch.Tensor) -> torch.Tensor:
-    return one.expand(COPIES, *one.shape[1:])
+def copies(one: torch.Tensor, count: int = COPIES) -> torch.Tensor:
+    return one.expand(count, *one.shape[1:])
 
 
 @backends("warp")
@@ -143,3 +144,53 @@ def test_propagate(name):
     with backend(name):
         out = propagate(labels, torch.tensor([depth // 2], device=DEVICE), flow, flow, opening=1, closing=1)
     assert out.sum() == depth * labels.sum() and torch.equal(out[..., 0], labels) and torch.equal(out[..., -1], labels)
+
+
+SAMPLES = 2**16 + 1  # CUDA has fewer programs along the second axis of a grid
+
+
+@backends("uncertainty")
+def test_uncertainty_of_many_samples(name):
+    one = volume(2, 3)
+    logits = copies(one, SAMPLES)
+    total = torch.zeros(logits.shape, device=DEVICE)
+    with backend(name):
+        accumulate_softmax(total, logits)
+        entropy, mask = uncertainty_mask(total, 1, SAMPLES)
+    torch.testing.assert_close(total, logits.softmax(1))
+    assert torch.equal(mask, copies(entropy[:1] == entropy[0].min(), SAMPLES))
+
+
+@backends("losses")
+def test_losses_of_many_samples(name):
+    one = volume(4, 30).requires_grad_()
+    target, mask = volume(30).gt(1).long(), volume(30).lt(0.3)
+    with backend(name):
+        expected = masked_ce_dice(one, target, mask)
+        (of_expected,) = torch.autograd.grad(sum(expected), one)
+        losses = masked_ce_dice(copies(one, SAMPLES), copies(target, SAMPLES), copies(mask, SAMPLES))
+        (grad,) = torch.autograd.grad(sum(losses), one)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, of_expected, rtol=1e-3, atol=1e-5)
+
+
+@backends("contrastive")
+def test_contrastive_loss_of_many_samples(name):
+    features = [volume(4, 3).roll(i, 1) for i in range(3)]
+    logits = [volume(3, 3).roll(i, 2) for i in range(2)]
+    with backend(name):
+        expected = contrastive_loss(*features, *logits, 1)
+        loss = contrastive_loss(*(copies(x, SAMPLES) for x in (*features, *logits)), 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@backends("norm")
+def test_norm_of_many_samples(name):
+    x, weight, bias = volume(4, 3).requires_grad_(), torch.ones(4, device=DEVICE), torch.zeros(4, device=DEVICE)
+    with backend(name):
+        expected = batch_norm_relu(x, weight, bias, None, None, True)
+        (of_expected,) = torch.autograd.grad(expected.square().mean(), x)
+        y = batch_norm_relu(copies(x, SAMPLES), weight, bias, None, None, True)
+        (grad,) = torch.autograd.grad(y.square().mean(), x)
+    torch.testing.assert_close(y, copies(expected, SAMPLES), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad, of_expected, rtol=1e-3, atol=1e-5)

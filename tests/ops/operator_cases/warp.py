@@ -5,7 +5,9 @@ import torch
 from operator_cases.case import Case
 from spss_fast.ops import integrate, warp
 
-SHAPES = ((2, 3, 5, 6, 7), (1, 1, 1, 1, 1), (0, 2, 4, 3, 4), (2, 1, 3, 4, 1), (3, 2, 9, 5), (1, 1, 1, 7))
+SHAPES = (
+    (2, 3, 5, 6, 7), (1, 1, 1, 1, 1), (0, 2, 4, 3, 4), (2, 0, 3, 4, 2), (2, 1, 3, 4, 1), (3, 2, 9, 5), (1, 1, 1, 7),
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
