@@ -183,7 +183,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
         features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature
     )
     w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)  # 8
-    label_seg, label = fuse(label_reg, probability_t, w_p).finished(annotation, index)
+    label_seg, label = fuse(label_reg, probability_t, w_p, annotation, index)
     weights = voxel_weights(label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from, False)
     ce, dice = reference_weighted_ce_dice(logits_s, label.long(), weights)
     loss_s = 0.5 * (ce + 0.3 * dice)

@@ -38,6 +38,12 @@ inline void check_warp_backward(
   TORCH_CHECK_VALUE(grad.device() == image.device(), "grad must be on image's device");
 }
 
+inline void check_fill_holes(const Tensor& labels, int64_t classes) {
+  TORCH_CHECK_TYPE(labels.scalar_type() == at::kByte, "labels must be uint8, not ", labels.scalar_type());
+  TORCH_CHECK_VALUE(labels.dim() == 4, "labels must be (L, H, W, D), not ", labels.sizes());
+  TORCH_CHECK_VALUE(classes >= 1, "classes must be at least 1, not ", classes);
+}
+
 // Returns B, H, W, D.
 inline std::array<int64_t, 4> check_propagate(
     const Tensor& labels, const Tensor& index, const Tensor& flow_up, const Tensor& flow_down, int64_t opening,

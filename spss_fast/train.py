@@ -143,6 +143,7 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
                     folder.log("joint", t, row)
                     progress.update(t, _status(row))
                 if training.preview_every and (last or t % training.preview_every == 0):
+                    state.settle()
                     save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t, values)
                 if last and training.refresh_batches:
                     state.settle()

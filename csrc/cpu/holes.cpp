@@ -84,9 +84,7 @@ void fill(const uint8_t* label, uint8_t* filled, const Margin& margin, int64_t c
 }
 
 Tensor fill_holes(const Tensor& labels, int64_t classes) {
-  TORCH_CHECK_TYPE(labels.scalar_type() == at::kByte, "labels must be uint8, not ", labels.scalar_type());
-  TORCH_CHECK_VALUE(labels.dim() == 4, "labels must be (L, H, W, D), not ", labels.sizes());
-  TORCH_CHECK_VALUE(classes >= 1, "classes must be at least 1, not ", classes);
+  check_fill_holes(labels, classes);
   const Tensor given = labels.contiguous();
   Tensor filled = given.clone();
   if (filled.numel() == 0) return filled;

@@ -10,6 +10,9 @@
 #define SPSS_TORCH_HAS_CUDA
 #endif
 
+#include <algorithm>
+#include <limits>
+
 #include "checks.h"
 #include "cuda/launch.h"
 
@@ -129,12 +132,37 @@ Tensor propagate(
   return out;
 }
 
+Tensor fill_holes(const Tensor& labels, int64_t classes) {
+  check_fill_holes(labels, classes);
+  constexpr int64_t kMost = std::numeric_limits<int>::max();
+  const int64_t voxels = labels.size(1) * labels.size(2) * labels.size(3);
+  TORCH_CHECK_VALUE(voxels < kMost, "a volume of labels must have fewer than ", kMost, " voxels, not ", voxels);
+  const c10::OptionalDeviceGuard guard(labels.device());
+  const Tensor given = labels.contiguous();
+  Tensor filled = given.clone();
+  if (filled.numel() == 0 || classes == 1) return filled;
+  const auto numbers = labels.options().dtype(at::kInt);
+  const Tensor parent = at::empty({labels.size(0), voxels + 1}, numbers), count = at::empty_like(parent);
+  const Tensor tightest = at::full(labels.sizes(), kMost, numbers);
+  const HolesGeometry geometry{
+      labels.size(0), static_cast<int>(labels.size(1)), static_cast<int>(labels.size(2)),
+      static_cast<int>(labels.size(3))};
+  launched(
+      launch_fill_holes(
+          geometry, static_cast<int>(std::min<int64_t>(classes, 256)), given.const_data_ptr<uint8_t>(),
+          filled.mutable_data_ptr<uint8_t>(), parent.mutable_data_ptr<int>(), count.mutable_data_ptr<int>(),
+          tightest.mutable_data_ptr<int>(), current_stream(labels)),
+      "fill_holes");
+  return filled;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(spss_fast, CUDA, library) {
   library.impl("warp", &warp);
   library.impl("warp_backward", &warp_backward);
   library.impl("propagate", &propagate);
+  library.impl("fill_holes", &fill_holes);
 }
 
 }  // namespace spss

@@ -47,4 +47,15 @@ cudaError_t launch_propagate(
     const int64_t* index, const void* flow_up, const void* flow_down, uint8_t* out, void* scratch, int device,
     cudaStream_t stream);
 
+struct HolesGeometry {
+  int64_t batch;
+  int height, width, depth;  // a volume has fewer than 2^31 - 1 voxels
+};
+
+// `labels` (B, H, W, D) bytes, `filled` a copy of them; `parent` and `count` are memory for B (H W D + 1) numbers,
+// `tightest` holds the largest int B H W D times. Four launches a class.
+cudaError_t launch_fill_holes(
+    const HolesGeometry& geometry, int classes, const uint8_t* labels, uint8_t* filled, int* parent, int* count,
+    int* tightest, cudaStream_t stream);
+
 }  // namespace spss

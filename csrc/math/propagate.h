@@ -7,6 +7,7 @@
 
 #include "math/common.h"
 #include "math/propagate_settings.h"
+#include "math/union_find.h"
 #include "math/warp.h"
 
 namespace spss {
@@ -136,26 +137,6 @@ SPSS_HD int run_end(const Word* row, const Plane& plane, int x) {
   Word gaps = ~row[word] & ~((Word(1) << x % kWordBits) - 1);
   while (gaps == 0 && word + 1 < plane.words) gaps = ~row[++word];
   return gaps == 0 ? plane.width : word * kWordBits + lowest_bit(gaps);
-}
-
-SPSS_HD int find_root(const volatile int* parent, int name) {
-  while (parent[name] != name) name = parent[name];
-  return name;
-}
-
-// Union by the lower name, safe among a team: only roots are relinked, and always downwards.
-template <typename Team>
-SPSS_HD void unite(const Team& team, int* parent, int a, int b) {
-  for (;;) {
-    a = find_root(parent, a);
-    b = find_root(parent, b);
-    if (a == b) return;
-    const int high = a > b ? a : b, low = a > b ? b : a;
-    const int old = team.minimum(parent + high, low);
-    if (old == high) return;
-    a = old;
-    b = low;
-  }
 }
 
 // Copies the largest 8-connected component of `in` to `out`; of equally large ones the first in raster order. `parent`

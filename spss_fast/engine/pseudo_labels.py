@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from scipy import ndimage
@@ -16,8 +12,6 @@ from spss_fast.engine.device import upload
 from spss_fast.engine.registration import neighbour_flows
 from spss_fast.ops.holes import fill_holes
 from spss_fast.ops.propagate import propagate
-
-_FILLING = ThreadPoolExecutor(1, "fill_holes")
 
 
 def registration_labels(
@@ -86,39 +80,21 @@ def restore_annotation(labels: Tensor, annotation: Tensor, index: Tensor) -> Ten
     return labels
 
 
-@dataclass
-class FusedLabels:
-    """L_seg and y (step 8), whose holes are being filled."""
-
-    filled: Callable[[], Tensor]  # (2, L, h, w, d) uint8 in [0, C), on the CPU
-
-    def finished(self, annotation: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """L_seg and y with the annotated slice (L, h, w) restored: uint8 in [0, C) of shape (L, h, w, d), on the device
-        of ``index`` (L,)."""
-        labels = upload(self.filled(), index.device)
-        return tuple(restore_annotation(label, annotation, index) for label in labels)
-
-
-def fuse(registration: Tensor, probability: Tensor, teacher_weight: float) -> FusedLabels:
+def fuse(
+    registration: Tensor, probability: Tensor, teacher_weight: float, annotation: Tensor, index: Tensor
+) -> tuple[Tensor, Tensor]:
     """Step 8: the teacher's labels L_seg = argmax p_t and the fused y = argmax[(1 - w_p) onehot(L_reg) + w_p p_t].
 
-    ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t, ``teacher_weight`` w_p.
-    Where they are on a GPU a thread fills the holes, and the caller waits for neither of them.
+    Both uint8 (L, h, w, d) in [0, C), with their holes filled and the annotated slices restored.
+
+    ``registration`` (L, h, w, d) in [0, C) is L_reg, ``probability`` (L, C, h, w, d) float p_t, ``teacher_weight`` w_p,
+    ``annotation`` (L, h, w) the slices, at ``index`` (L,) int64 along the last axis.
     """
     classes, foreground = probability.shape[1], probability[:, 1:].float()
     fused = (1 - teacher_weight) * foreground_masks(registration, classes).float() + teacher_weight * foreground
-    labels = torch.stack([most_probable(scores) for scores in (foreground, fused)]).to(torch.uint8)
-    if not labels.is_cuda:
-        return FusedLabels(lambda: fill_holes(labels.flatten(0, 1), classes).view_as(labels))
-    host = torch.empty(labels.shape, dtype=labels.dtype, pin_memory=True).copy_(labels, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def fill() -> Tensor:
-        arrived.synchronize()
-        return fill_holes(host.flatten(0, 1), classes).view_as(host)
-
-    return FusedLabels(_FILLING.submit(fill).result)
+    labels = torch.cat([most_probable(scores) for scores in (foreground, fused)]).to(torch.uint8)
+    segmentation, label = fill_holes(labels, classes).chunk(2)
+    return restore_annotation(segmentation, annotation, index), restore_annotation(label, annotation, index)
 
 
 def most_probable(foreground: Tensor) -> Tensor:

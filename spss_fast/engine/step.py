@@ -220,8 +220,8 @@ def student_passes(
 def joint_iteration(state: State, batch: Batch) -> Outputs:
     """Stage 2, one iteration: the numbered steps are METHOD's.
 
-    On a GPU it returns before that has done the work. ``batch`` is ready there on the stream of ``state.beside()``;
-    of the outputs, ``loss_registration_labels`` may be looked at after ``state.settle()``.
+    On a GPU it returns before that has done the work. ``batch`` is ready there on the stream of ``state.beside()``, and
+    the outputs may be looked at after ``state.settle()``.
     """
     config, t = state.config, state.iteration
     registration, selection, training = config.registration, config.selection, config.training
@@ -249,13 +249,6 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     probability_t, logits_1, logits_2 = state.teacher_passes(image, view1, view2)
     taught = state.mark()
 
-    # 8, first half: the host fills the holes of these labels while a GPU goes on with the passes that follow
-    with state.beside(), phase("losses"):
-        state.receive(taught, probability_t)
-        w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
-        fused = fuse(label_reg, probability_t[:labeled], w_p)
-        fused_there = state.mark()
-
     # 5. the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
     box = selfpaced.random_box(*image.shape[2:4])
     mixed = box.paste(view1, view2)
@@ -272,11 +265,14 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         )
         entropy, mask = uncertainty_mask(total, selection.passes, keep)
 
-    # 8, second half: fused labels, and the weights of the supervised loss on them
+    # 8. fused labels, beside the passes of step 4, and the weights of the supervised loss on them
+    with state.beside(), phase("losses"):
+        state.receive(taught, probability_t)
+        w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
+        label_seg, label = fuse(label_reg, probability_t[:labeled], w_p, annotation, index)
+        fused = state.mark()
     with phase("losses"):
-        label_seg, label = fused.finished(annotation, index)
-        labels_there = state.mark()
-        state.receive(fused_there, label_reg)
+        state.receive(fused, label_reg, label_seg, label)
         weights = voxel_weights(
             label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
             training.label_weights == "truncated",
@@ -298,7 +294,6 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
 
     # 10. registration steps on the fused labels
     with state.beside():
-        state.receive(labels_there, label)
         supervised_registration_loss = state.registration_steps(
             volumes[:labeled], foreground_masks(label, classes), *sample_pairs(volumes[:labeled], registration)
         )

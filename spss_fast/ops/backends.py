@@ -29,7 +29,7 @@ VARIABLE = "SPSS_FAST_BACKEND"
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "warp": {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")},
     "propagate": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
-    "fill_holes": {"cpu": ("cpu", "reference")},
+    "fill_holes": {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")},
     "uncertainty": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},

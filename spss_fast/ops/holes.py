@@ -39,7 +39,8 @@ def fill_holes(labels: Tensor, classes: int) -> Tensor:
     with the fewest voxels; of equals, to the first.
 
     Args:
-        labels: (L, H, W, D) uint8 in [0, C). The host fills: from a GPU they are copied to it and back.
+        labels: (L, H, W, D) uint8 in [0, C). On a GPU, where the CUDA operators are built, nothing is waited for;
+            elsewhere copies on the CPU are filled.
         classes: C.
 
     Returns:
@@ -47,16 +48,17 @@ def fill_holes(labels: Tensor, classes: int) -> Tensor:
 
     Raises:
         TypeError: ``labels`` is no tensor of uint8, or ``classes`` no integer.
-        ValueError: another number of dimensions, or ``classes`` < 1.
+        ValueError: another number of dimensions, ``classes`` < 1, or, on a GPU, 2**31 - 1 voxels or more a volume.
     """
     checks.is_tensor("labels", labels, torch.uint8)
     if labels.ndim != 4:
         raise ValueError(f"labels must be (L, H, W, D), not of shape {tuple(labels.shape)}")
     checks.is_count("classes", classes, 1)
-    host = labels.cpu().contiguous()
-    if backends.use_reference("fill_holes", host):
-        return reference(host, classes).to(labels.device)
-    return torch.ops.spss_fast.fill_holes(host, classes).to(labels.device)
+    if backends.use_host("fill_holes", labels):
+        return torch.ops.spss_fast.fill_holes(labels.cpu(), classes).to(labels.device)
+    if backends.use_reference("fill_holes", labels):
+        return reference(labels, classes)
+    return torch.ops.spss_fast.fill_holes(labels, classes)
 
 
 @torch.library.register_fake("spss_fast::fill_holes")

@@ -104,7 +104,7 @@ class _Networks:
         progress = max(0, self.iteration - 1) / training.fusion_iterations
         weight = selfpaced.fusion_weight(progress, training.fusion, training.fusion_power)
         where = torch.tensor([index], device=self.device)
-        _, fused = fuse(label, probability[None], weight).finished(annotation[None].to(self.device), where)
+        _, fused = fuse(label, probability[None], weight, annotation[None].to(self.device), where)
         return fused[0].cpu().numpy() > 0
 
 

@@ -17,9 +17,7 @@ def test_fused_labels_agree_with_the_vectors(vectors, iteration):
     registration, index = archive["registration"].to(torch.uint8), archive["annotated"]
     annotation = torch.stack([registration[i, :, :, z] for i, z in enumerate(index)])
     weight = selfpaced.fusion_weight(iteration / 6000, 0.9, 0.2)
-    segmentation, fused = pseudo_labels.fuse(registration, archive["teacher_probability"], weight).finished(
-        annotation, index
-    )
+    segmentation, fused = pseudo_labels.fuse(registration, archive["teacher_probability"], weight, annotation, index)
     assert torch.equal(segmentation.bool(), archive[f"seg_{iteration}"])
     assert torch.equal(fused.bool(), archive[f"fused_{iteration}"])
 
@@ -76,7 +74,7 @@ def test_fused_labels_of_several_classes_are_the_argmax_of_the_mixture():
     annotation = torch.randint(4, (2, 6, 7), dtype=torch.uint8)
     onehot = torch.nn.functional.one_hot(registration.long(), 4).movedim(-1, 1)
     for weight in (0.0, 0.3, 0.6, 0.9):
-        segmentation, fused = pseudo_labels.fuse(registration, probability, weight).finished(annotation, index)
+        segmentation, fused = pseudo_labels.fuse(registration, probability, weight, annotation, index)
         mixture = (1 - weight) * onehot + weight * probability
         for label, scores in ((segmentation, probability), (fused, mixture)):
             expected = fill_holes(scores.argmax(1).to(torch.uint8), 4)
