@@ -192,7 +192,7 @@ def _next_step(dataset: Dataset, out: Path) -> str:
 
 
 def _status(row: dict[str, float]) -> str:
-    text = f"L_s {row['loss_s']:.3f} L_u {row['loss_u']:.4f} L_c {row['loss_c']:.4f} K {row['K']:.0f}"
+    text = f"L_s {row['loss_s']:.3f} L_u {row['loss_u']:.4f} L_c {row['loss_c']:.4f} K {row['K']:.0f} voxels"
     if not math.isnan(row.get("dice_fused", math.nan)):
         text += f" Dice reg {row['dice_registration']:.2f} fused {row['dice_fused']:.2f}"
     return text
