@@ -229,6 +229,16 @@ def test_an_evaluation_of_another_folder_is_called_so_and_drawn_from_there(run, 
         np.testing.assert_array_equal(example.image, scan.image)
 
 
+def test_an_evaluation_of_the_runs_data_moved_is_drawn_from_there(run, finished, tmp_path):
+    moved = Path(shutil.copytree(finished.parent / "data", tmp_path / "moved"))
+    cases = json.loads((run / "cases.json").read_text())
+    (run / "cases.json").write_text(json.dumps(cases | {"data_dir": str(tmp_path / "gone")}))
+    evaluate.main(["--run", str(run), "--data-dir", str(moved)])
+    page = _page(run, cases=1)
+    assert f"3 held-out cases of the run, now in {moved}" in page.text
+    assert "could not be read" not in page.text and "Test cases" in page.text
+
+
 def test_distances_carry_the_unit_they_were_measured_in(run):
     assert "HD95 and ASD are in voxels" in _page(run).text
     about = json.loads((run / "evaluation.json").read_text())

@@ -142,7 +142,7 @@ def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
     _train(settings, tmp_path / "run")
     shutil.copytree(phantoms / "case_00001", tmp_path / "other" / "case_00001")
     rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
-    assert list(rows) == ["case_00001"] and "other" in meaning
+    assert list(rows) == ["case_00001"] and meaning.startswith("cases of another folder than the run's own, ")
     # in another layout too
     (tmp_path / "plain").mkdir()
     for name, plain in (("imaging", "a"), ("segmentation", "a_seg")):
@@ -151,6 +151,33 @@ def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
     (tmp_path / "other" / "case_00001" / "segmentation.nii.gz").unlink()
     with pytest.raises(UserError, match="full label"):
         evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+
+
+def test_training_cases_in_another_folder_are_called_so(settings, phantoms, tmp_path):
+    _train(settings | {"iterations": 1}, tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "cases.json").read_text())
+    known = [recorded["train"][0], recorded["train"][-1], recorded["test"][0]]
+    for name in known:
+        shutil.copytree(phantoms / name, tmp_path / "other" / name)
+    rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert sorted(rows) == sorted(known) and "(2 named as training cases of the run, 1 annotated)" in meaning
+
+
+def test_data_that_moved_are_measured_as_before(settings, phantoms, tmp_path, capsys):
+    first, moved = tmp_path / "data", tmp_path / "moved"
+    shutil.copytree(phantoms, first)
+    _train(settings | {"data_dir": str(first), "iterations": 1}, tmp_path / "run")
+    evaluate.main(["--run", str(tmp_path / "run")])
+    before = (tmp_path / "run" / "evaluation.csv").read_text()
+    first.rename(moved)
+    with pytest.raises(UserError, match=r"data does not exist: if it has moved, say where to with --data-dir"):
+        evaluate.main(["--run", str(tmp_path / "run")])
+    capsys.readouterr()
+    evaluate.main(["--run", str(tmp_path / "run"), "--data-dir", str(moved)])
+    assert "2 held-out cases of the run, now in " in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run" / "evaluation.csv").read_text() == before
+    about = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (about["data_dir"], about["foreign"]) == (str(moved), False)
 
 
 def test_a_training_that_diverges_stops_and_says_so(settings, tmp_path):

@@ -121,7 +121,7 @@ def gallery(
     tested = _chosen(record.evaluation, recorded["test"], count)
     annotated = _chosen(record.labels, list(recorded["annotated"]), count)
     try:
-        own = data.dataset, Path(data_dir or recorded["data_dir"])
+        own = data.dataset, Path(data_dir or record.data_dir)
         measured = ("folder", Path(record.about["data_dir"])) if record.foreign else own
         prepared = [_prepared(*measured, tested, data), _prepared(*own, annotated, data)]  # names may be in both
         given = read_annotations(data)
