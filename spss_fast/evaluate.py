@@ -95,7 +95,8 @@ def evaluate(
 
     ``data_dir`` is where the run's data lie now, if it holds cases of all their names, else a folder of which all cases
     with a label are measured. The cases are prepared as for training (so a ``downsample 2`` run is measured at half
-    resolution). Raises ``UserError`` where the run or the data cannot be read, or no case has a full label.
+    resolution). Distances are in ``units``, ``voxel`` or ``mm``. Raises ``UserError`` where the run or the data cannot
+    be read, no case has a full label, or mm are asked for of HDF5 files, which keep no voxel size.
     """
     rows, meaning, _ = _measure(run, data_dir, stride, units, device)
     return rows, meaning
@@ -110,6 +111,10 @@ def _measure(
     config, recorded = checkpoint.config_of(content), RunFolder(run).cases()
     folder = Path(data_dir or recorded["data_dir"])
     cases, foreign = cases_to_measure(config.data, recorded, data_dir)
+    bare = [case for case in cases if case.case.preprocessed]
+    if units == "mm" and bare:
+        raise UserError(f"--units mm: {bare[0].case.image} is preprocessed HDF5, which keeps no voxel size: leave it "
+                        "out, to measure in voxels")
     student = load_student(content, where)
     rows = evaluate_cases(
         student, cases, config, stride or window_stride(config.data.patch), resolve_amp(config.training.amp, where),

@@ -23,6 +23,7 @@ from spss_fast.engine import checkpoint
 from spss_fast.engine.interrupts import uninterrupted
 from spss_fast.engine.profiling import PHASES
 from spss_fast.errors import UserError
+from tests.data.writing import write_h5
 
 SMALL = {
     "n_labeled": 2, "n_test": 2, "phantoms": 6, "patch": (32, 32, 16), "resample": (32, 32, 16), "filters": 2,
@@ -161,6 +162,17 @@ def test_training_cases_in_another_folder_are_called_so(settings, phantoms, tmp_
         shutil.copytree(phantoms / name, tmp_path / "other" / name)
     rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
     assert sorted(rows) == sorted(known) and "(2 named as training cases of the run, 1 annotated)" in meaning
+
+
+def test_hdf5_is_not_measured_in_mm(settings, tmp_path):
+    _train(settings | {"iterations": 1}, tmp_path / "run")
+    label = np.zeros((32, 32, 16), np.uint8)
+    label[8:20, 8:20, 4:12] = 1
+    write_h5(tmp_path / "other" / "a.h5", image=label.astype(np.float32), label=label)
+    rows, _ = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert list(rows) == ["a"]
+    with pytest.raises(UserError, match=r"--units mm: .*a\.h5 is preprocessed HDF5, which keeps no voxel size"):
+        evaluate.evaluate(tmp_path / "run", tmp_path / "other", units="mm")
 
 
 def test_data_that_moved_are_measured_as_before(settings, phantoms, tmp_path, capsys):
