@@ -20,6 +20,7 @@ from spss_fast.engine.evaluation import (
     Rows,
     dice_line,
     evaluate_cases,
+    measured_grid,
     print_metrics,
     window_stride,
     write_metrics,
@@ -94,9 +95,10 @@ def evaluate(
     """Metrics per case of the student of the folder ``run``, and what the cases are to it.
 
     ``data_dir`` is where the run's data lie now, if it holds cases of all their names, else a folder of which all cases
-    with a label are measured. The cases are prepared as for training (so a ``downsample 2`` run is measured at half
-    resolution). Distances are in ``units``, ``voxel`` or ``mm``. Raises ``UserError`` where the run or the data cannot
-    be read, no case has a full label, or mm are asked for of HDF5 files, which keep no voxel size.
+    with a label are measured. They are measured as they are prepared for training: on the resampled voxels where the
+    run has ``resample``, at half resolution where it has ``downsample = 2``. Distances are in ``units``, ``voxel`` or
+    ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, or mm are asked for
+    of HDF5 files, which keep no voxel size.
     """
     rows, meaning, _ = _measure(run, data_dir, stride, units, device)
     return rows, meaning
@@ -125,8 +127,8 @@ def _measure(
         raise UserError(f"nothing to measure: of the {len(cases)} {meaning}, none has a full label")
     if content["iteration"] < config.training.iterations:
         meaning += f"; training stopped at iteration {content['iteration']} of {config.training.iterations}"
-    if config.data.downsample > 1:
-        meaning += f"; on the {config.data.downsample} times coarser grid that it trains on"
+    if grid := measured_grid(config.data):
+        meaning += f"; on {grid}"
     return rows, meaning, {"data_dir": str(folder.resolve()), "foreign": foreign}
 
 

@@ -150,6 +150,7 @@ def test_metrics_agree_with_the_files_worst_first(page, finished):
     dice = np.array([row["dice"] for row in _read(finished / "evaluation.csv").values()])
     assert f"{dice.mean():.4f} ± {dice.std():.4f}" in page.text
     assert f"Dice {dice.mean():.3f} ± {dice.std():.3f}" in page.text
+    assert "Measured on the 32 x 32 x 16 voxels that scans are resampled to" in page.text
 
 
 def test_the_gallery_goes_from_the_worst_to_the_best(page, finished):

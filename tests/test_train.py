@@ -89,7 +89,8 @@ def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
         measured = {row["case"]: float(row["dice"]) for row in csv.DictReader(file)}
     assert sorted(measured) == recorded["test"]
     about = json.loads((run / "evaluation.json").read_text())
-    assert about["measured"].startswith("held-out cases") and about["data_dir"] == recorded["data_dir"]
+    assert about["measured"] == "held-out cases; on the 32 x 32 x 16 voxels that scans are resampled to"
+    assert about["data_dir"] == recorded["data_dir"]
     assert (about["units"], about["cases"]) == ("voxel", 2)
     assert about["metrics"]["dice"]["mean"] == pytest.approx(np.mean(list(measured.values())), abs=1e-5)
 
