@@ -134,7 +134,7 @@ def test_the_label_of_a_series(tmp_path):
         "p3_DICOM": ("p3/DICOM", None),
     }
     write(tmp_path, "p3/seg.nii.gz")
-    said = r"seg.nii.gz is a label without a scan .*none is the case p3.*name the label after its case \(like p3_DICOM\)"
+    said = r"seg.nii.gz is a label without a scan .*none is the case p3.*after its case \(like p3_DICOM\)"
     with pytest.raises(UserError, match=said):
         find_cases("folder", tmp_path)
 
