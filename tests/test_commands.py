@@ -62,6 +62,7 @@ def test_version(tmp_path):
     (["--", "train"], "spss-fast: error: "),
     (["evaluate"], "spss-fast evaluate: error: the following arguments are required: --run"),
     (["evaluate", "--rum", "x", "--run", "x"], "spss-fast evaluate: error: unknown flag --rum: did you mean --run?"),
+    (["report", "--unit", "mm", "--run", "x"], "spss-fast report: error: unknown flag --unit: --help lists them"),
 ])
 def test_errors_are_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -69,6 +70,15 @@ def test_errors_are_one_line(arguments, said, capsys):
     shown = capsys.readouterr()
     assert exit.value.code == 2 and shown.out == ""
     assert shown.err.startswith(said) and len(shown.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments, meant", [
+    (["tran"], "train"), (["evalute"], "evaluate"), (["train", "--dataset", "kit"], "kits"),
+])
+def test_the_nearest_choice_is_suggested(arguments, meant, capsys):
+    with pytest.raises(SystemExit):
+        commands.main(arguments)
+    assert capsys.readouterr().err.endswith(f": did you mean {meant}?\n")
 
 
 def test_what_the_user_can_mend_ends_in_one_line(tmp_path):
