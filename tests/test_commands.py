@@ -56,6 +56,15 @@ def test_version(tmp_path):
     assert (shown.returncode, shown.stdout) == (0, f"spss_fast {__version__}\n")
 
 
+@pytest.mark.parametrize("arguments, meant", [
+    (["tran"], "train"), (["evalute"], "evaluate"), (["train", "--dataset", "kit"], "kits"),
+])
+def test_the_nearest_choice_is_suggested(arguments, meant, capsys):
+    with pytest.raises(SystemExit):
+        commands.main(arguments)
+    assert capsys.readouterr().err.endswith(f": did you mean {meant}?\n")
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["tran"], "spss-fast: error: argument COMMAND: invalid choice: 'tran' (choose from "),
     (["--versoin"], "spss-fast: error: unknown flag --versoin: did you mean --version?"),
@@ -70,15 +79,6 @@ def test_errors_are_one_line(arguments, said, capsys):
     shown = capsys.readouterr()
     assert exit.value.code == 2 and shown.out == ""
     assert shown.err.startswith(said) and len(shown.err.splitlines()) == 1
-
-
-@pytest.mark.parametrize("arguments, meant", [
-    (["tran"], "train"), (["evalute"], "evaluate"), (["train", "--dataset", "kit"], "kits"),
-])
-def test_the_nearest_choice_is_suggested(arguments, meant, capsys):
-    with pytest.raises(SystemExit):
-        commands.main(arguments)
-    assert capsys.readouterr().err.endswith(f": did you mean {meant}?\n")
 
 
 def test_what_the_user_can_mend_ends_in_one_line(tmp_path):

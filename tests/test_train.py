@@ -140,21 +140,6 @@ def test_a_class_that_no_annotated_slice_shows_is_named(settings, organs, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
-    _train(settings, tmp_path / "run")
-    shutil.copytree(phantoms / "case_00001", tmp_path / "other" / "case_00001")
-    rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
-    assert list(rows) == ["case_00001"] and meaning.startswith("cases of another folder than the run's own, ")
-    # in another layout too
-    (tmp_path / "plain").mkdir()
-    for name, plain in (("imaging", "a"), ("segmentation", "a_seg")):
-        shutil.copy(tmp_path / "other" / "case_00001" / f"{name}.nii.gz", tmp_path / "plain" / f"{plain}.nii.gz")
-    assert evaluate.evaluate(tmp_path / "run", tmp_path / "plain")[0] == {"a": rows["case_00001"]}
-    (tmp_path / "other" / "case_00001" / "segmentation.nii.gz").unlink()
-    with pytest.raises(UserError, match="full label"):
-        evaluate.evaluate(tmp_path / "run", tmp_path / "other")
-
-
 def test_training_cases_in_another_folder_are_called_so(settings, phantoms, tmp_path):
     _train(settings | {"iterations": 1}, tmp_path / "run")
     recorded = json.loads((tmp_path / "run" / "cases.json").read_text())
@@ -191,6 +176,21 @@ def test_data_that_moved_are_measured_as_before(settings, phantoms, tmp_path, ca
     assert (tmp_path / "run" / "evaluation.csv").read_text() == before
     about = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert (about["data_dir"], about["foreign"]) == (str(moved), False)
+
+
+def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
+    _train(settings, tmp_path / "run")
+    shutil.copytree(phantoms / "case_00001", tmp_path / "other" / "case_00001")
+    rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert list(rows) == ["case_00001"] and meaning.startswith("cases of another folder than the run's own, ")
+    # in another layout too
+    (tmp_path / "plain").mkdir()
+    for name, plain in (("imaging", "a"), ("segmentation", "a_seg")):
+        shutil.copy(tmp_path / "other" / "case_00001" / f"{name}.nii.gz", tmp_path / "plain" / f"{plain}.nii.gz")
+    assert evaluate.evaluate(tmp_path / "run", tmp_path / "plain")[0] == {"a": rows["case_00001"]}
+    (tmp_path / "other" / "case_00001" / "segmentation.nii.gz").unlink()
+    with pytest.raises(UserError, match="full label"):
+        evaluate.evaluate(tmp_path / "run", tmp_path / "other")
 
 
 def test_a_training_that_diverges_stops_and_says_so(settings, tmp_path):
