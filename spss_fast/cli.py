@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -34,10 +35,14 @@ class Parser(argparse.ArgumentParser):
         unknown = "unrecognized arguments: "
         if message.startswith(unknown):
             flag = message.removeprefix(unknown).split()[0].split("=")[0]
-            known = [option for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(flag, known, 1)
-            hint = f"did you mean {close[0]}?" if close else "--help lists them"
+            # without the dashes, which all have in common
+            known = {option.lstrip("-"): option for action in self._actions for option in action.option_strings}
+            close = difflib.get_close_matches(flag.lstrip("-"), known, 1)
+            hint = f"did you mean {known[close[0]]}?" if close else "--help lists them"
             message = f"unknown flag {flag}: {hint}"
+        elif choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            close = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), 1)
+            message += f": did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from rich.console import Console
 
 from spss_fast import cli
+from spss_fast.config import DataSettings
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases
 from spss_fast.engine import checkpoint
@@ -18,6 +20,7 @@ from spss_fast.engine.evaluation import (
     Rows,
     dice_line,
     evaluate_cases,
+    measured_grid,
     print_metrics,
     window_stride,
     write_metrics,
@@ -36,7 +39,8 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line to a dictionary."""
     parser = cli.Parser(prog="spss_fast.evaluate", description=DESCRIPTION)
     parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
-    parser.add_argument("--data-dir", type=Path, help="folder of scans (default: the run's own)")
+    parser.add_argument("--data-dir", type=Path, help="where the run's scans lie now, or a folder of other scans "
+                        "(default: where training found them)")
     parser.add_argument("--stride", help="voxels between windows, like 18,18,4 (default: LA's, in proportion)")
     parser.add_argument("--units", choices=("voxel", "mm"), default="voxel", help="unit of the distances")
     parser.add_argument("--out", type=Path, help="CSV of the metrics per case, with a JSON of the same name that says "
@@ -51,22 +55,37 @@ def load_student(content: dict[str, Any], device: torch.device) -> VNet:
 
 
 def cases_to_measure(
-    run: Path, content: dict[str, Any], data_dir: Path | None
-) -> tuple[list[PreparedCase], str]:
-    """The cases to measure, and what they are to the run."""
-    settings = checkpoint.config_of(content).data
-    recorded = RunFolder(run).cases()
+    settings: DataSettings, recorded: dict[str, Any], data_dir: Path | None
+) -> tuple[list[PreparedCase], bool]:
+    """The cases to measure, and whether they are of another folder than the run's own data.
+
+    ``recorded`` is the run's ``cases.json``. A ``data_dir`` that holds a case of every name in it is the run's data,
+    moved; of any other all cases with a label are measured.
+    """
     own = Path(recorded["data_dir"])
+    if data_dir is None and not own.is_dir():
+        raise UserError(f"the run's data folder {own} does not exist: if it has moved, say where to with --data-dir")
     folder = data_dir or own
-    ours = folder.resolve() == own.resolve()
-    cases = find_cases(settings.dataset if ours else "folder", folder)  # another one may be in any layout
-    if ours:
-        cases = [case for case in cases if case.name in set(recorded["test"])]
-        meaning = "held-out cases" if recorded["held_out"] else "unlabelled training cases: images seen, labels never"
-    else:
+    same = folder.resolve() == own.resolve()
+    cases = find_cases(settings.dataset if same else "folder", folder)  # another one may be in any layout
+    foreign = not same and not {*recorded["train"], *recorded["test"]} <= {case.name for case in cases}
+    if foreign:
         cases = [case for case in cases if case.label is not None]
-        meaning = f"cases of {folder}"
-    return prepare(cases, settings), meaning
+    else:
+        cases = [case for case in cases if case.name in set(recorded["test"])]
+    return prepare(cases, settings), foreign
+
+
+def described(names: Collection[str], recorded: dict[str, Any], folder: Path, foreign: bool) -> str:
+    """What measured cases are to the run whose ``cases.json`` is ``recorded``, in the plural."""
+    if not foreign:
+        moved = "" if folder.resolve() == Path(recorded["data_dir"]).resolve() else f" of the run, now in {folder}"
+        what = "held-out cases" if recorded["held_out"] else "unlabelled training cases (images seen, labels never)"
+        return what + moved
+    text = f"cases of another folder than the run's own, {folder}"
+    if seen := set(names) & set(recorded["train"]):
+        text += f" ({len(seen)} named as training cases of the run, {len(seen & set(recorded['annotated']))} annotated)"
+    return text
 
 
 def evaluate(
@@ -75,25 +94,42 @@ def evaluate(
 ) -> tuple[Rows, str]:
     """Metrics per case of the student of the folder ``run``, and what the cases are to it.
 
-    The cases are prepared as for training (so a ``downsample 2`` run is measured at half resolution). Raises
-    ``UserError`` where the run or the data cannot be read, or no case has a full label.
+    ``data_dir`` is where the run's data lie now, if it holds cases of all their names, else a folder of which all cases
+    with a label are measured. They are measured as they are prepared for training: on the resampled voxels where the
+    run has ``resample``, at half resolution where it has ``downsample = 2``. Distances are in ``units``, ``voxel`` or
+    ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, or mm are asked for
+    of HDF5 files, which keep no voxel size.
     """
+    rows, meaning, _ = _measure(run, data_dir, stride, units, device)
+    return rows, meaning
+
+
+def _measure(
+    run: Path, data_dir: Path | None, stride: tuple[int, int, int] | None, units: str, device: str
+) -> tuple[Rows, str, dict[str, Any]]:
+    """:func:`evaluate`, and whose the cases are, for the summary."""
     where = resolve_device(device)
     content = checkpoint.read(RunFolder(run).checkpoint, where)
-    config = checkpoint.config_of(content)
-    cases, meaning = cases_to_measure(run, content, data_dir)
+    config, recorded = checkpoint.config_of(content), RunFolder(run).cases()
+    folder = Path(data_dir or recorded["data_dir"])
+    cases, foreign = cases_to_measure(config.data, recorded, data_dir)
+    bare = [case for case in cases if case.case.preprocessed]
+    if units == "mm" and bare:
+        raise UserError(f"--units mm: {bare[0].case.image} is preprocessed HDF5, which keeps no voxel size: leave it "
+                        "out, to measure in voxels")
     student = load_student(content, where)
     rows = evaluate_cases(
         student, cases, config, stride or window_stride(config.data.patch), resolve_amp(config.training.amp, where),
         spacing=units == "mm",
     )
+    meaning = described(rows, recorded, folder, foreign)
     if not rows:
-        raise UserError(f"none of the {len(cases)} test cases has a full label: nothing to measure")
+        raise UserError(f"nothing to measure: of the {len(cases)} {meaning}, none has a full label")
     if content["iteration"] < config.training.iterations:
         meaning += f"; training stopped at iteration {content['iteration']} of {config.training.iterations}"
-    if config.data.downsample > 1:
-        meaning += f"; on the {config.data.downsample} times coarser grid that it trains on"
-    return rows, meaning
+    if grid := measured_grid(config.data):
+        meaning += f"; on {grid}"
+    return rows, meaning, {"data_dir": str(folder.resolve()), "foreign": foreign}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -108,13 +144,11 @@ def main(arguments: list[str] | None = None) -> None:
         if len(stride) != 3 or min(stride) < 1:
             raise UserError("--stride needs three voxel counts of at least 1, like 18,18,4")
     console = Console()
-    rows, meaning = evaluate(run, stride=stride, **given)
+    rows, meaning, whose = _measure(run, stride=stride, **given)
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
     out = out or run / "evaluation.csv"
     write_metrics(out, rows)
-    folder = given["data_dir"] or RunFolder(run).cases()["data_dir"]
-    write_summary(out.with_suffix(".json"), rows, measured=meaning, data_dir=str(Path(folder).resolve()),
-                  units=given["units"])
+    write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
     labels = run / "registration_labels.csv"
     if labels.exists():
         with labels.open(newline="") as file:

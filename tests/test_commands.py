@@ -56,12 +56,22 @@ def test_version(tmp_path):
     assert (shown.returncode, shown.stdout) == (0, f"spss_fast {__version__}\n")
 
 
+@pytest.mark.parametrize("arguments, meant", [
+    (["tran"], "train"), (["evalute"], "evaluate"), (["train", "--dataset", "kit"], "kits"),
+])
+def test_the_nearest_choice_is_suggested(arguments, meant, capsys):
+    with pytest.raises(SystemExit):
+        commands.main(arguments)
+    assert capsys.readouterr().err.endswith(f": did you mean {meant}?\n")
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["tran"], "spss-fast: error: argument COMMAND: invalid choice: 'tran' (choose from "),
     (["--versoin"], "spss-fast: error: unknown flag --versoin: did you mean --version?"),
     (["--", "train"], "spss-fast: error: "),
     (["evaluate"], "spss-fast evaluate: error: the following arguments are required: --run"),
     (["evaluate", "--rum", "x", "--run", "x"], "spss-fast evaluate: error: unknown flag --rum: did you mean --run?"),
+    (["report", "--unit", "mm", "--run", "x"], "spss-fast report: error: unknown flag --unit: --help lists them"),
 ])
 def test_errors_are_one_line(arguments, said, capsys):
     with pytest.raises(SystemExit) as exit:

@@ -1,11 +1,17 @@
 """The documentation: its Python runs, its links and the files that it names are there."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from spss_fast import commands, ops
+from spss_fast.config import resolve
+from spss_fast.data.annotations import read_annotations
+from spss_fast.data.layouts import find_cases, source_grid
+from spss_fast.data.phantom import write_phantoms
+from spss_fast.suggest import suggest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -71,8 +77,28 @@ def test_the_examples_of_the_commands_run_in_order(tmp_path, monkeypatch):
     """As in one notebook, from an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    examples = blocks("index.md")
+    examples = blocks("index.md") + blocks("predict.md")
     assert all(f"### {name}\n" in _text(ROOT / "docs" / "index.md") for name in commands.COMMANDS)
     namespace = {"__name__": "example"}
     for number, block in enumerate(examples):
-        exec(compile(block, f"index.md, block {number}", "exec"), namespace)
+        exec(compile(block, f"index.md and predict.md, block {number}", "exec"), namespace)
+    assert len(namespace["dice"]) == 2 and all(0 <= dice <= 1 for dice in namespace["dice"])
+
+
+def test_the_script_of_the_quick_start_annotates_what_was_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_phantoms(Path("phantoms"), 4, 0, workers=1, progress=False)
+    for case in Path("phantoms").glob("case_*"):
+        Path("scans").mkdir(exist_ok=True)
+        shutil.copy(case / "imaging.nii.gz", f"scans/{case.name}.nii.gz")
+    settings = resolve("folder", {"data_dir": "scans", "annotations": "TO_ANNOTATE", "workers": 1}).data
+    suggested = {item.case: item for item in suggest(settings, Path("TO_ANNOTATE"), budget=2)}
+    (block,) = blocks("quick-start.md")
+    exec(compile(block, "quick-start.md", "exec"), {"__name__": "example"})
+    scans = {case.name: case for case in find_cases("folder", Path("scans"))}
+    given = read_annotations(settings)
+    assert set(given) == set(suggested)
+    for name, annotation in given.items():
+        assert annotation.axis == suggested[name].axis
+        assert annotation.index_in(source_grid(scans[name])) == suggested[name].slice

@@ -1,6 +1,8 @@
 """The report of a run: a well-formed page of its own, in agreement with the run's files, whatever of them is there."""
 
+import base64
 import csv
+import io
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -21,6 +24,7 @@ from spss_fast.data.layouts import find_cases
 from spss_fast.data.phantom import write_phantoms
 from spss_fast.errors import UserError
 from spss_fast.reporting import charts, findings, gallery, panels, record
+from tests.data.writing import prepared, settings_of, write_la
 
 SMALL = {
     "n_labeled": 2, "n_test": 3, "phantoms": 7, "patch": (32, 32, 16), "resample": (32, 32, 16), "filters": 2,
@@ -146,6 +150,7 @@ def test_metrics_agree_with_the_files_worst_first(page, finished):
     dice = np.array([row["dice"] for row in _read(finished / "evaluation.csv").values()])
     assert f"{dice.mean():.4f} ± {dice.std():.4f}" in page.text
     assert f"Dice {dice.mean():.3f} ± {dice.std():.3f}" in page.text
+    assert "Measured on the 32 x 32 x 16 voxels that scans are resampled to" in page.text
 
 
 def test_the_gallery_goes_from_the_worst_to_the_best(page, finished):
@@ -229,6 +234,16 @@ def test_an_evaluation_of_another_folder_is_called_so_and_drawn_from_there(run, 
         np.testing.assert_array_equal(example.image, scan.image)
 
 
+def test_an_evaluation_of_the_runs_data_moved_is_drawn_from_there(run, finished, tmp_path):
+    moved = Path(shutil.copytree(finished.parent / "data", tmp_path / "moved"))
+    cases = json.loads((run / "cases.json").read_text())
+    (run / "cases.json").write_text(json.dumps(cases | {"data_dir": str(tmp_path / "gone")}))
+    evaluate.main(["--run", str(run), "--data-dir", str(moved)])
+    page = _page(run, cases=1)
+    assert f"3 held-out cases of the run, now in {moved}" in page.text
+    assert "could not be read" not in page.text and "Test cases" in page.text
+
+
 def test_distances_carry_the_unit_they_were_measured_in(run):
     assert "HD95 and ASD are in voxels" in _page(run).text
     about = json.loads((run / "evaluation.json").read_text())
@@ -282,8 +297,8 @@ def test_without_full_labels_nothing_is_compared(run, finished, tmp_path):
         cases["annotated"][name] = None
     for name in ("evaluation.csv", "registration_labels.csv"):
         (run / name).unlink()
-    prepared = gallery._prepared("phantom", data, cases["annotated"], record.read(run).config.data)
-    for name, case in prepared.items():
+    found = gallery._prepared("phantom", data, cases["annotated"], record.read(run).config.data)
+    for name, case in found.items():
         cases["annotated"][name] = int(case.label().sum((0, 1)).argmax())
     (run / "cases.json").write_text(json.dumps(cases))
     page = _page(run, cases=1, data_dir=data)
@@ -345,6 +360,25 @@ def test_contours_lie_on_the_borders_of_voxels():
     corner = np.zeros((5, 4), bool)
     corner[0, 0] = True
     assert panels._outline(corner).endswith("Z")  # closed, though it touches the border
+
+
+@pytest.mark.parametrize("plane, upright", [("axial", False), ("coronal", True), ("sagittal", True)])
+def test_patients_stand_upright_in_coronal_and_sagittal_slices(plane, upright, tmp_path):
+    """Axis 1 runs down the page: to the back of the patient in axial slices, else from the head to the feet."""
+    write_la(tmp_path / "data", 1)
+    config = settings_of("la", tmp_path, plane=plane)
+    case, = prepared("la", tmp_path / "data", config)
+    image = np.zeros((20, 12, 3), np.float32)
+    image[:, 10:] = 1  # the end of axis 1
+    example = gallery.Example("a", "", {}, image, (1, 1, 1), {"prediction": image > 0}, image, slices=[(1, "why")],
+                              head_last=gallery._head_last(case))
+    row, = panels.rows(example, "key")
+    for panel, kind in ((row.panels[0], "scan"), (row.panels[1], "uncertainty")):
+        data = re.search(rf'class="{kind}".*?base64,([^"]+)', panel.svg)[1]
+        shown = matplotlib.image.imread(io.BytesIO(base64.b64decode(data)))[..., :4].mean(-1).mean(1)
+        assert len(shown) == 12 and (shown[0] > shown[-1]) == upright
+    outline = re.search(r'<path class="prediction" d="([^"]+)"', row.panels[0].svg)[1]
+    assert (min(float(y) for _, y in re.findall(r"([\d.]+) ([\d.]+)", outline)) < 6) == upright
 
 
 def test_curves_are_averaged_and_smoothed():

@@ -23,6 +23,7 @@ from spss_fast.engine import checkpoint
 from spss_fast.engine.interrupts import uninterrupted
 from spss_fast.engine.profiling import PHASES
 from spss_fast.errors import UserError
+from tests.data.writing import write_h5
 
 SMALL = {
     "n_labeled": 2, "n_test": 2, "phantoms": 6, "patch": (32, 32, 16), "resample": (32, 32, 16), "filters": 2,
@@ -88,7 +89,8 @@ def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
         measured = {row["case"]: float(row["dice"]) for row in csv.DictReader(file)}
     assert sorted(measured) == recorded["test"]
     about = json.loads((run / "evaluation.json").read_text())
-    assert about["measured"].startswith("held-out cases") and about["data_dir"] == recorded["data_dir"]
+    assert about["measured"] == "held-out cases; on the 32 x 32 x 16 voxels that scans are resampled to"
+    assert about["data_dir"] == recorded["data_dir"]
     assert (about["units"], about["cases"]) == ("voxel", 2)
     assert about["metrics"]["dice"]["mean"] == pytest.approx(np.mean(list(measured.values())), abs=1e-5)
 
@@ -138,11 +140,49 @@ def test_a_class_that_no_annotated_slice_shows_is_named(settings, organs, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_training_cases_in_another_folder_are_called_so(settings, phantoms, tmp_path):
+    _train(settings | {"iterations": 1}, tmp_path / "run")
+    recorded = json.loads((tmp_path / "run" / "cases.json").read_text())
+    known = [recorded["train"][0], recorded["train"][-1], recorded["test"][0]]
+    for name in known:
+        shutil.copytree(phantoms / name, tmp_path / "other" / name)
+    rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert sorted(rows) == sorted(known) and "(2 named as training cases of the run, 1 annotated)" in meaning
+
+
+def test_hdf5_is_not_measured_in_mm(settings, tmp_path):
+    _train(settings | {"iterations": 1}, tmp_path / "run")
+    label = np.zeros((32, 32, 16), np.uint8)
+    label[8:20, 8:20, 4:12] = 1
+    write_h5(tmp_path / "other" / "a.h5", image=label.astype(np.float32), label=label)
+    rows, _ = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert list(rows) == ["a"]
+    with pytest.raises(UserError, match=r"--units mm: .*a\.h5 is preprocessed HDF5, which keeps no voxel size"):
+        evaluate.evaluate(tmp_path / "run", tmp_path / "other", units="mm")
+
+
+def test_data_that_moved_are_measured_as_before(settings, phantoms, tmp_path, capsys):
+    first, moved = tmp_path / "data", tmp_path / "moved"
+    shutil.copytree(phantoms, first)
+    _train(settings | {"data_dir": str(first), "iterations": 1}, tmp_path / "run")
+    evaluate.main(["--run", str(tmp_path / "run")])
+    before = (tmp_path / "run" / "evaluation.csv").read_text()
+    first.rename(moved)
+    with pytest.raises(UserError, match=r"data does not exist: if it has moved, say where to with --data-dir"):
+        evaluate.main(["--run", str(tmp_path / "run")])
+    capsys.readouterr()
+    evaluate.main(["--run", str(tmp_path / "run"), "--data-dir", str(moved)])
+    assert "2 held-out cases of the run, now in " in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run" / "evaluation.csv").read_text() == before
+    about = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (about["data_dir"], about["foreign"]) == (str(moved), False)
+
+
 def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
     _train(settings, tmp_path / "run")
     shutil.copytree(phantoms / "case_00001", tmp_path / "other" / "case_00001")
     rows, meaning = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
-    assert list(rows) == ["case_00001"] and "other" in meaning
+    assert list(rows) == ["case_00001"] and meaning.startswith("cases of another folder than the run's own, ")
     # in another layout too
     (tmp_path / "plain").mkdir()
     for name, plain in (("imaging", "a"), ("segmentation", "a_seg")):

@@ -6,6 +6,7 @@ is a file, or the folder of a DICOM series.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -95,7 +96,11 @@ def _paired(images: dict[str, Path], labels: dict[str, Path], where: Path) -> li
     alone = sorted(set(labels) - set(images))
     if alone:
         more = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
-        raise UserError(f"{labels[alone[0]]}{more} is a label without a scan in {where}: add the scan, or take it away")
+        below = [name for name in sorted(images) if name.startswith(f"{alone[0]}_")]  # scans in folders below the label
+        near = below or difflib.get_close_matches(alone[0], images, 1)
+        hint = f", name the label after its case (like {near[0]})" if near else ""
+        raise UserError(f"{labels[alone[0]]}{more} is a label without a scan in {where} (none is the case {alone[0]}): "
+                        f"add the scan{hint}, or take it away")
     return [(name, path, labels.get(name)) for name, path in images.items()]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from spss_fast.data.geometry import Grid
 
@@ -27,14 +26,9 @@ VIEWS = {
 TO_RAS = np.diag([-1.0, -1.0, 1.0])  # from SimpleITK's LPS
 
 
-def _patient_axes(grid: Grid) -> np.ndarray:
-    """(3,) int: the patient axis (0 right, 1 front, 2 head) that each array axis runs along most."""
-    return linear_sum_assignment(-np.abs(grid.axes.T))[1]
-
-
 def slicer_view(grid: Grid, axis: int) -> str:
     """The slice view of 3D Slicer that shows the slices along array axis ``axis``: like ``Red (axial)``."""
-    colour, plane, _ = VIEWS[int(_patient_axes(grid)[axis])]
+    colour, plane, _ = VIEWS[grid.patient_axes()[axis]]
     return f"{colour} ({plane.lower()})"
 
 
@@ -45,7 +39,7 @@ def slicer_scene(name: str, grid: Grid, voxel: tuple[int, int, int], image: str,
     """
     root = ElementTree.Element("MRML", version="Slicer4.4.0", userTags="")
     directions = TO_RAS @ grid.axes
-    along = _patient_axes(grid)
+    along = grid.patient_axes()
     nearest = np.empty((3, 3))  # column p: the array axis along patient axis p, turned to point right, front or head
     for axis, patient in enumerate(along):
         nearest[:, patient] = directions[:, axis] * np.sign(directions[patient, axis])
@@ -54,7 +48,7 @@ def slicer_scene(name: str, grid: Grid, voxel: tuple[int, int, int], image: str,
         rotation = nearest @ np.array(standard)
         to_ras = np.eye(4)
         to_ras[:3, :3], to_ras[:3, 3] = rotation, TO_RAS @ grid.point(voxel)
-        thickness = grid.spacing[int(np.flatnonzero(along == patient)[0])]
+        thickness = grid.spacing[along.index(patient)]
         ElementTree.SubElement(
             root, "Slice", id=f"vtkMRMLSliceNode{colour}", name=colour, singletonTag=colour, layoutName=colour,
             layoutLabel=colour[0], fieldOfView=_numbers([extent, extent, thickness]), dimensions="256 256 1",

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 from spss_fast import metrics
-from spss_fast.config import Config
+from spss_fast.config import Config, DataSettings
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.sampling import TrainingVolume
 from spss_fast.engine.inference import sliding_window
@@ -28,6 +28,13 @@ DIGITS = dict(zip(metrics.NAMES, (4, 4, 2, 2)))  # that a table shows behind the
 def window_stride(patch: Sequence[int]) -> tuple[int, int, int]:
     """LA's stride (18, 18, 4) of its patch (112, 112, 80), in proportion to ``patch``."""
     return tuple(max(1, round(side * share)) for side, share in zip(patch, (18 / 112, 18 / 112, 4 / 80)))
+
+
+def measured_grid(settings: DataSettings) -> str:
+    """On which voxels a run is measured, in words; empty where they are the scans' own."""
+    if settings.resample is not None:
+        return f"the {' x '.join(map(str, settings.resample))} voxels that scans are resampled to"
+    return f"the {settings.downsample} times coarser grid that it trains on" if settings.downsample > 1 else ""
 
 
 def evaluate_cases(

@@ -42,6 +42,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
 
     Columns: registration label, fused label and the student's prediction, each with the reference where a full label
     exists; then the mixed image m, turned as its views are, with the voxels that the uncertainty mask M selects.
+    All are patches as training sees them, turned and mirrored at random, so that no side of them is the patient's head.
     ``values`` (C,) are the classes' label values, for the legend of several.
     """
     image = batch.image[:, 0].cpu().numpy()

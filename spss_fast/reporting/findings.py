@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spss_fast.engine.evaluation import Rows
+from spss_fast.engine.evaluation import Rows, measured_grid
 from spss_fast.reporting.gallery import Gallery
 from spss_fast.reporting.record import Record
 
@@ -78,10 +78,8 @@ def _quality(record: Record) -> Answer:
         findings.append(Finding("The registration labels could not be measured: no annotated volume has a full label."))
     if not record.finished:
         findings.append(Finding("This run is not finished: its weights are of a moment in training.", BAD))
-    if record.config.data.downsample > 1:
-        findings.append(Finding(
-            f"Measured on the {record.config.data.downsample} times coarser grid that it trains on, which is no figure "
-            "to compare with those of full resolution."))
+    if grid := measured_grid(record.config.data):
+        findings.append(Finding(f"Measured on {grid}: not to be compared with figures on others."))
     return Answer(question, figure, findings)
 
 

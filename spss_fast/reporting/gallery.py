@@ -14,6 +14,7 @@ from torch import nn
 from spss_fast.config import DataSettings
 from spss_fast.data.annotations import Annotation, read_annotations
 from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.geometry import PLANES
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.sampling import annotated_slice
 from spss_fast.engine import selfpaced
@@ -43,6 +44,7 @@ class Example:
     entropy: np.ndarray | None  # (H, W, D) float32; None before any joint iteration
     annotated: int | None = None
     slices: list[tuple[int, str]] = field(default_factory=list)  # slice, and why this one
+    head_last: bool = False  # whether axis 1 runs to the patient's head, as in coronal and sagittal slices
 
 
 @dataclass
@@ -121,7 +123,7 @@ def gallery(
     tested = _chosen(record.evaluation, recorded["test"], count)
     annotated = _chosen(record.labels, list(recorded["annotated"]), count)
     try:
-        own = data.dataset, Path(data_dir or recorded["data_dir"])
+        own = data.dataset, Path(data_dir or record.data_dir)
         measured = ("folder", Path(record.about["data_dir"])) if record.foreign else own
         prepared = [_prepared(*measured, tested, data), _prepared(*own, annotated, data)]  # names may be in both
         given = read_annotations(data)
@@ -211,7 +213,8 @@ def _annotated_example(
     if full is not None:
         masks["reference"] = full > 0
     example = Example(
-        case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, masks, entropy, index
+        case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, masks, entropy, index,
+        head_last=_head_last(case),
     )
     example.slices = [(index, "annotated")]
     other = masks.get("reference", masks.get("prediction"))
@@ -221,6 +224,10 @@ def _annotated_example(
         example.slices.append((_largest(masks["registration"] ^ other), why))
     example.slices = _distinct(example.slices)
     return example
+
+
+def _head_last(case: PreparedCase) -> bool:
+    return case.grid.patient_axes()[1] == PLANES["axial"]
 
 
 def _largest(values: np.ndarray) -> int:

@@ -72,7 +72,9 @@ def _lead(record: Record) -> str:
 def _distances(units: str | None) -> str:
     if units is None:  # a CSV that has lost the JSON beside it
         return "HD95 and ASD are in the unit that evaluate was asked for: voxels, or mm with --units mm."
-    return "HD95 and ASD are in mm." if units == "mm" else "HD95 and ASD are in voxels (evaluate --units mm: in mm)."
+    if units == "mm":
+        return "HD95 and ASD are in mm."
+    return "HD95 and ASD are in voxels (evaluate --units mm: in mm, but of HDF5 files, which keep no voxel size)."
 
 
 def _number(name: str, value: float) -> str:

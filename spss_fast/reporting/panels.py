@@ -6,7 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import matplotlib
 import numpy as np
@@ -53,6 +53,11 @@ class Row:
 
 def rows(example: Example, key: str) -> list[Row]:
     """The pictures of an example's slices; ``key`` makes the ids in the SVGs its own."""
+    if example.head_last:  # axis 1 is drawn downwards, and a patient stands upright
+        example = replace(
+            example, image=example.image[:, ::-1], masks={name: m[:, ::-1] for name, m in example.masks.items()},
+            entropy=None if example.entropy is None else example.entropy[:, ::-1],
+        )
     low, high = np.percentile(example.image, (1, 99))
     gray = np.clip((example.image - low) / max(high - low, 1e-6), 0, 1)
     return [_row(example, gray[:, :, z], z, why, f"{key}-{z}") for z, why in example.slices]

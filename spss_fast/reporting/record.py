@@ -16,6 +16,7 @@ from spss_fast.engine import checkpoint
 from spss_fast.engine.evaluation import Rows
 from spss_fast.engine.run_folder import STAGES, RunFolder
 from spss_fast.errors import UserError
+from spss_fast.evaluate import described
 
 Curves = dict[str, np.ndarray]  # column to values, "step" among them; empty where nothing is logged yet
 
@@ -31,7 +32,7 @@ class Record:
     registration: Curves  # stage 1, by epoch
     joint: Curves  # stage 2, by iteration
     evaluation: Rows | None  # None: `evaluate` has not been run
-    about: dict[str, Any]  # what the evaluation says of itself: whose cases, the folder, the unit of distances
+    about: dict[str, Any]  # what the evaluation says of itself: the folder, whose cases, the unit of distances
     stale: bool  # the checkpoint is newer than the evaluation
     labels: Rows | None  # metrics of the registration labels; None before the end, and without full labels
     content: dict[str, Any] | None
@@ -57,14 +58,20 @@ class Record:
     @property
     def foreign(self) -> bool:
         """Whether another folder than the run's own was evaluated (``evaluate --data-dir``)."""
-        return self.about.get("data_dir", self.cases["data_dir"]) != self.cases["data_dir"]
+        own = self.cases["data_dir"]
+        return self.about.get("foreign", self.about.get("data_dir", own) != own)  # older evaluations do not say
+
+    @property
+    def data_dir(self) -> Path:
+        """Where the run's scans lie: where ``evaluate`` found them last, else where training did."""
+        own = self.cases["data_dir"]
+        return Path(own if self.foreign else self.about.get("data_dir", own))
 
     @property
     def evaluated(self) -> str:
         """What the evaluated cases are to the run, in the plural."""
-        if self.foreign:
-            return f"cases of another folder than the run's own, {self.about['data_dir']}"
-        return "held-out cases" if self.cases["held_out"] else "unlabelled training cases (images seen, labels never)"
+        folder = Path(self.about["data_dir"]) if self.foreign else self.data_dir
+        return described(self.evaluation or (), self.cases, folder, self.foreign)
 
 
 def read(run: Path, device: torch.device | str = "cpu") -> Record:

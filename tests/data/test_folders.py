@@ -124,6 +124,21 @@ def test_what_cannot_be_told_apart_is_named(tmp_path, names, words):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
+def test_the_label_of_a_series(tmp_path):
+    """It lies in the series' own folder or is named after the case; beside the folder it belongs to another case."""
+    for series in ("p1/DICOM", "p2/DICOM", "p3/DICOM"):
+        write_series(tmp_path / series, LABEL)
+    write(tmp_path, "p1/DICOM/label.nii.gz", "p2_DICOM_seg.nii.gz")
+    assert found(tmp_path) == {
+        "p1_DICOM": ("p1/DICOM", "p1/DICOM/label.nii.gz"), "p2_DICOM": ("p2/DICOM", "p2_DICOM_seg.nii.gz"),
+        "p3_DICOM": ("p3/DICOM", None),
+    }
+    write(tmp_path, "p3/seg.nii.gz")
+    said = r"seg.nii.gz is a label without a scan .*none is the case p3.*after its case \(like p3_DICOM\)"
+    with pytest.raises(UserError, match=said):
+        find_cases("folder", tmp_path)
+
+
 def test_an_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
     with pytest.raises(UserError, match=r"no scans in .*give the folder that holds your scans"):
