@@ -19,8 +19,8 @@ from spss_fast.errors import UserError
 
 DEPTH = 4  # folders below the data folder in which plain scans are looked for: patient/study/series, and one more
 WORDS = {
-    "label": "labels?|segmentations?|seg|masks?|gt",
-    "image": "images?|imgs?|imaging|scans?|volumes?|ct|mri?",
+    "label": "labels?|segmentations?|seg|masks?|gt|laendo",
+    "image": "images?|imgs?|imaging|scans?|volumes?|ct|mri?|lgemri",
 }
 # what `suggest` exports beside an image: one annotated slice is no label map
 ANNOTATION = "annotation"
@@ -128,6 +128,11 @@ def find_plain(data_dir: Path) -> list[Found]:
     for case, path in found["label"].items():
         labels[case if case in images else numbers.get(_number(case), case)] = path
     return _paired(images, labels, data_dir)
+
+
+def find_images(data_dir: Path) -> list[tuple[str, Path]]:
+    """Case name and image of all that :func:`find_plain` takes for an image, whatever labels lie beside them."""
+    return [(item.case, item.path) for item in _items(data_dir) if item.role == "image"]
 
 
 def _items(data_dir: Path) -> Iterator[_Item]:

@@ -5,6 +5,7 @@ Whatever cannot be used ends in a ``UserError`` that names the file and the mend
 
 from __future__ import annotations
 
+import glob
 import gzip
 import os
 import struct
@@ -18,21 +19,26 @@ from spss_fast.data.dicom import read_series, series_grid
 from spss_fast.data.geometry import Grid
 from spss_fast.errors import UserError, reason
 
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+def ending(path: Path) -> str:
+    """The ending of an image's name that says its format, in lower case; empty where it is none of ``ENDINGS``."""
+    return next((end for end in ENDINGS if path.name.lower().endswith(end)), "")
 
 
 def stem(path: Path) -> str:
     """The file's name without its ending, ``.nii.gz`` being one; empty where it ends in none of ``ENDINGS``."""
-    ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
-    return path.name[: -len(ending)] if ending else ""
+    return path.name[: -len(ending(path))] if ending(path) else ""
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files that make up the image at ``path``: those of a DICOM folder, a ``.mhd`` header with its data."""
+    """All files that make up the image at ``path``: those of a DICOM folder, a ``.mhd`` or ``.nhdr`` header with its
+    data."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    if path.suffix.lower() == ".mhd":
-        return sorted({path, *path.parent.glob(path.stem + ".*raw")})
+    if ending(path) in (".mhd", ".nhdr"):
+        return sorted({path, *path.parent.glob(glob.escape(path.stem) + ".*raw*")})  # .raw, .zraw, .raw.gz
     return [path]
 
 

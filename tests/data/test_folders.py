@@ -30,6 +30,7 @@ def found(folder):
     (["a.nii.gz", "b.nii", "c.nrrd"], {"a": ("a.nii.gz", None), "b": ("b.nii", None), "c": ("c.nrrd", None)}),
     (["a/image.nii.gz", "a/label.nii.gz", "b/image.nii.gz"],
      {"a": ("a/image.nii.gz", "a/label.nii.gz"), "b": ("b/image.nii.gz", None)}),
+    (["a/scan.nii.gz", "a/segmentation.nii.gz"], {"a": ("a/scan.nii.gz", "a/segmentation.nii.gz")}),
     (["a/scan7.nrrd", "a/scan7_seg.nrrd"], {"a": ("a/scan7.nrrd", "a/scan7_seg.nrrd")}),
     (["a.nii.gz", "a_label.nii.gz", "b.mha", "b-seg.mha", "c.nrrd", "c.seg.nrrd"],
      {"a": ("a.nii.gz", "a_label.nii.gz"), "b": ("b.mha", "b-seg.mha"), "c": ("c.nrrd", "c.seg.nrrd")}),
