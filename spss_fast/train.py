@@ -166,7 +166,7 @@ def finish(state: State, dataset: Dataset, loader: Iterator[Batch], folder: RunF
 
 
 def _next_step(dataset: Dataset, out: Path) -> str:
-    if any(case.has_label for case in dataset.test):
+    if any(case.has_full_label for case in dataset.test):
         return f"measure it with: python -m spss_fast.evaluate --run {out}"
     return (f"no test case has a full label; segment scans with: python -m spss_fast.predict SCANS OUT --run {out}, or "
             f"measure it on others with: python -m spss_fast.evaluate --run {out} --data-dir LABELLED_SCANS")

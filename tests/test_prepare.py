@@ -73,6 +73,18 @@ def test_a_real_ct(scans, tmp_path):
     assert not result.unusable and [case.has_label for case in result.cases] == [True, False]
 
 
+def test_a_label_of_one_slice_is_counted_as_an_annotation(tmp_path):
+    for i in range(10):
+        image, label = ball((32, 32, 32), i)
+        if i:
+            label[:, :, :15] = label[:, :, 16:] = 0
+        write_image(tmp_path / "scans" / f"{i}.nii.gz", image)
+        write_image(tmp_path / "scans" / f"{i}_seg.nii.gz", label)
+    result = run(tmp_path, tmp_path / "scans")
+    assert (result.config.data.n_test, result.config.data.n_labeled) == (0, 8)
+    assert "9 labels show one slice or none: 1, 2, 3, 4, ...;" in " ".join(result.settings.read_text().split("\n# "))
+
+
 def test_real_la_gets_the_published_patch(scans, tmp_path):
     """The three narrowest of the 80 set it."""
     folders = [path for path in scans("la_raw").iterdir() if path.is_dir()]

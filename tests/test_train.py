@@ -153,6 +153,20 @@ def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
         evaluate.evaluate(tmp_path / "run", tmp_path / "other")
 
 
+def test_nothing_is_measured_on_a_label_of_one_slice(settings, phantoms, tmp_path):
+    _train(settings | {"registration_epochs": 0, "iterations": 1}, tmp_path / "run")
+    for name in ("case_00001", "case_00002"):
+        shutil.copytree(phantoms / name, tmp_path / "other" / name)
+    path = tmp_path / "other" / "case_00001" / "segmentation.nii.gz"
+    image = sitk.ReadImage(str(path))
+    label = sitk.GetArrayFromImage(image)  # slices last
+    alone = sitk.GetImageFromArray(label * (np.arange(label.shape[2]) == (label > 0).sum((0, 1)).argmax()))
+    alone.CopyInformation(image)
+    sitk.WriteImage(alone, str(path))
+    rows, _ = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert list(rows) == ["case_00002"]
+
+
 def test_a_training_that_diverges_stops_and_says_so(settings, tmp_path):
     with pytest.raises(UserError, match=r"the loss is (nan|-?inf) at iteration \d+.* --lr .it is 1e\+30.*--amp off"):
         _train(settings | {"lr": 1e30, "iterations": 6, "log_every": 1}, tmp_path / "run")

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,24 @@ class PreparedCase:
 
     @property
     def has_label(self) -> bool:
+        """Whether there is a label, if only of one slice."""
         return (self.folder / "label.npy").exists()
 
     def label(self) -> np.ndarray | None:
-        """The full label (H, W, D) uint8 in [0, C), or None; for annotated slices, monitoring and evaluation only."""
+        """The label (H, W, D) uint8 in [0, C), or None; what shows one slice may be no more than its annotation."""
         return np.load(self.folder / "label.npy", mmap_mode="c") if self.has_label else None
 
-    def full_label(self, annotated: int) -> np.ndarray | None:
-        """:meth:`label`, or None where it shows nothing beside prepared slice ``annotated``."""
+    @cached_property
+    def has_full_label(self) -> bool:
+        """Whether the label shows more than one slice of the file (which may be several prepared ones): what shows only
+        one is an annotation, against which nothing can be measured."""
         label = self.label()
-        return label if label is not None and np.delete(label, annotated, axis=2).any() else None
+        shown = () if label is None else np.flatnonzero(label.any(axis=(0, 1)))
+        return len({self.slice_to_source(int(index)) for index in shown}) > 1
+
+    def full_label(self) -> np.ndarray | None:
+        """:meth:`label` where it is a full one, else None; for monitoring and evaluation only."""
+        return self.label() if self.has_full_label else None
 
     def to_source(self, array: np.ndarray, linear: bool = False) -> sitk.Image:
         """An (H, W, D) array on the prepared grid, taken back onto the original file's own grid, 0 beyond the crop.

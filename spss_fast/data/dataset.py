@@ -40,7 +40,8 @@ class Dataset:
 
     def summary(self) -> str:
         """One line for a person."""
-        tested, among = sum(case.has_label for case in self.test), "held out" if self.split.held_out else "among those"
+        tested = sum(case.has_full_label for case in self.test)
+        among = "held out" if self.split.held_out else "among those"
         test = f"{tested} test cases {among}" if tested else "none with a label to test on"
         return f"{len(self.labeled)} annotated volumes (one slice each), {len(self.unlabeled)} unlabelled, {test}"
 

@@ -65,7 +65,7 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
     volumes = []
     for case in cases:
         index, image = slices[case.name], torch.from_numpy(case.image)
-        annotation, full = annotated_slice(case, index, given.get(case.name), settings), case.full_label(index)
+        annotation, full = annotated_slice(case, index, given.get(case.name), settings), case.full_label()
         reference = None if full is None else torch.from_numpy(full)
         volumes.append(TrainingVolume(case.name, image, index, annotation, reference))
     return volumes
@@ -82,11 +82,7 @@ def annotated_slice(
 
 def unlabeled_volumes(cases: list[PreparedCase]) -> list[TrainingVolume]:
     """The other training cases as training sees them: their image."""
-    return [
-        TrainingVolume(case.name, torch.from_numpy(case.image),
-                       reference=torch.from_numpy(case.label()) if case.has_label else None)
-        for case in cases
-    ]
+    return [TrainingVolume(case.name, torch.from_numpy(case.image)) for case in cases]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,8 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
     """The split that ``train.list`` and ``test.list`` in the data folder give, else one drawn by seed and case name.
 
     With lists: their order is kept; cases that are in no given list make up the other one; with a ``train.list`` that
-    names every case, the unlabelled training cases are the test. Without: ``n_test`` labelled cases test, and the
-    order of the others is drawn; cases that ``annotations`` names come first in training, cases without any label
+    names every case, the unlabelled training cases are the test. Without: ``n_test`` cases with a full label test, and
+    the order of the others is drawn; cases that ``annotations`` names come first in training, cases without any label
     last. A case's place in the draw depends on its own name and the seed only. Raises ``UserError`` for names without
     a scan, for overlap, and where too few volumes are left to train on.
     """
@@ -52,7 +53,8 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
             test, held_out = train[settings.n_labeled :], False
     elif train is None:
         if test is None:
-            test = [name for name in drawn if known[name].has_label and name not in named][: settings.n_test]
+            full = (name for name in drawn if name not in named and known[name].has_full_label)
+            test = list(islice(full, settings.n_test))
         rank = {name: 0 if name in named else 1 if known[name].has_label else 2 for name in known}
         train = sorted((name for name in drawn if name not in test), key=rank.__getitem__)
         if not test:

@@ -89,6 +89,24 @@ def test_cases_without_a_label_are_never_annotated_or_tested(tmp_path):
     assert sorted(split.train[-4:]) == names[:4] and not set(split.test) & set(names[:4])
 
 
+@pytest.mark.parametrize("resample", ["none", "32 32 12", "32 32 48"])
+def test_a_label_of_one_slice_is_no_test(tmp_path, resample):
+    """On a grid of more slices the one is several; the full label of d stays one on a grid of fewer."""
+    for i, name in enumerate("abcde"):
+        image, label = ball(seed=i)
+        if name != "d":
+            label[:, :, :12] = label[:, :, 13:] = 0
+        write_image(tmp_path / "plain" / f"{name}.nii.gz", image)
+        write_image(tmp_path / "plain" / f"{name}_seg.nii.gz", label)
+    (tmp_path / "slices.csv").write_text("case,slice\na,12\nb,12\n")
+    flags = {"n_labeled": 2, "n_test": 5, "batch_unlabeled": 1, "resample": resample}
+    config = settings_of("folder", tmp_path, annotations=str(tmp_path / "slices.csv"), **flags)
+    cases = prepared("folder", tmp_path / "plain", config)
+    assert [case.name for case in cases if case.has_full_label] == ["d"] and all(case.has_label for case in cases)
+    split = make_split(cases, tmp_path / "plain", config)
+    assert split.test == ["d"] and sorted(split.train[:2]) == ["a", "b"] and sorted(split.train[2:]) == ["c", "e"]
+
+
 @pytest.mark.parametrize("train, test, words", [
     ("a\nb\nzz\nyy\n", None, r"train.list names zz \(and 1 more\)"),
     ("a\nb\nc\nd\ne\n", "e\nf\n", "test.list names e, as train.list does"),
