@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,11 @@ class Proposal:
         self.values[name], self.reasons[name] = value, why
 
 
-def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], annotated: int) -> Proposal:
+def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], named: Collection[str]) -> Proposal:
     """Settings for the scans of a folder.
 
-    ``given`` are settings that the user chose already: they stay, and the others follow from them. ``annotated``
-    counts the cases of an annotation folder, 0 where there is none.
+    ``given`` are settings that the user chose already: they stay, and the others follow from them. ``named`` are the
+    cases that ``annotations`` says are annotated, none where it is not set.
     """
     result = Proposal()
 
@@ -164,7 +164,8 @@ def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], annota
     add("patch", lambda: _patch(sizes, spacing, PATCH_VOXELS // factor**3))
     if not given.get("classes"):
         add("foreground", lambda: _foreground(scans, data_dir))
-    labelled, full = sum(bool(scan.values) for scan in scans), sum(scan.full for scan in scans)
+    annotated, labelled = sum(scan.name in named for scan in scans), sum(bool(scan.values) for scan in scans)
+    full = sum(scan.full for scan in scans if scan.name not in named)
     n_test = add("n_test", lambda: _n_test(len(scans), full, annotated, data_dir))
     add("n_labeled", lambda: _n_labeled(len(scans), labelled, annotated, n_test))
     for name, value in given.items():
@@ -246,13 +247,13 @@ def _n_test(count: int, full: int, annotated: int, data_dir: Path) -> tuple[Any,
     if (data_dir / "train.list").exists() or (data_dir / "test.list").exists():
         return 20, "not used: train.list or test.list in the data folder make the split"
     number = min(20, count // 5, max(0, full - (0 if annotated else 2)))
-    return number, f"a fifth of the {count} scans, at most 20, of the {full} that have full labels; 0 tests on the " \
-                   "unlabelled training scans"
+    return number, f"a fifth of the {count} scans, at most 20, of the {full} with full labels that annotations does " \
+                   "not name; 0 tests on the unlabelled training scans"
 
 
 def _n_labeled(count: int, labelled: int, annotated: int, n_test: int) -> tuple[Any, str]:
     if annotated:
-        return annotated, "the annotated cases of the annotation folder"
+        return annotated, "the cases that annotations names"
     available = labelled - n_test if labelled else count
     number = max(2, min(16, available, count - n_test - 2))
     if not labelled:
