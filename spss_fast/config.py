@@ -36,7 +36,9 @@ class DataSettings:
         "", "CSV of case,slice naming the annotated slices, or folder of <case>/annotation.nii.gz with one annotated "
         "slice each; drawn at random where not given"
     )
-    n_labeled: int = setting(16, "annotated volumes, one slice each: the first ones of the training list")
+    n_labeled: int = setting(
+        16, "annotated volumes, one slice each: those that annotations names, then the first of the training list"
+    )
     n_test: int = setting(20, "volumes split off for testing where the data set brings no train.list")
     patch: tuple[int, int, int] = setting((112, 112, 80), "training patch in voxels: height, width, slices")
     window: tuple[float, float] | None = setting(None, "intensity window mapped to [0, 1] before z-scoring (CT: HU)")

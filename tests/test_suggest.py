@@ -281,6 +281,11 @@ def test_test_cases_are_not_suggested(tmp_path):
     assert {item.case for item in run(tmp_path / "la", tmp_path / "todo", 2)} == {"a", "e"}
     with pytest.raises(UserError, match=r"--budget 3 needs 1 scans more .* has 0, 3 more are in test\.list"):
         run(tmp_path / "la", tmp_path / "todo", 3)
+    (tmp_path / "la" / "test.list").unlink()
+    (tmp_path / "la" / "train.list").write_text("d\nb\n")
+    assert {item.case for item in run(tmp_path / "la", tmp_path / "more", 2)} == {"b", "d"}
+    with pytest.raises(UserError, match=r"has 0, 3 more are in test\.list or not in train\.list"):
+        run(tmp_path / "la", tmp_path / "more", 3)
 
 
 def test_what_is_in_the_way_is_named(tmp_path):

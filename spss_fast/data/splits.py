@@ -32,11 +32,12 @@ class Split:
 def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Split:
     """The split that ``train.list`` and ``test.list`` in the data folder give, else one drawn by seed and case name.
 
-    With lists: their order is kept; cases that are in no given list make up the other one; with a ``train.list`` that
-    names every case, the unlabelled training cases are the test. Without: ``n_test`` cases with a full label test, and
-    the order of the others is drawn; cases that ``annotations`` names come first in training, cases without any label
-    last. A case's place in the draw depends on its own name and the seed only. Raises ``UserError`` for names without
-    a scan, for overlap, and where too few volumes are left to train on.
+    With lists: their order is kept, but that the annotated cases come first: those that ``annotations`` names, and as
+    many of the list's first as ``n_labeled`` leaves. Cases that are in no given list make up the other one; with a
+    ``train.list`` that names every case, the unlabelled training cases are the test. Without: ``n_test`` cases with a
+    full label test, and the order of the others is drawn; cases that ``annotations`` names come first in training,
+    cases without any label last. A case's place in the draw depends on its own name and the seed only. Raises
+    ``UserError`` for names without a scan, for overlap, and where too few volumes are left to train on.
     """
     settings, training = config.data, config.training
     known = {case.name: case for case in cases}
@@ -47,6 +48,8 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
         raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
     named = read_annotations(settings)
     held_out = True
+    if train is not None:
+        train = _annotated_first(train, named, settings.n_labeled)
     if train is not None and test is None:
         test = sorted(set(known) - set(train))
         if not test:
@@ -75,6 +78,12 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
             f"label ({len(bare)} such{still}): annotate a slice of it, or lower n_labeled to "
             f"{settings.n_labeled - len(bare)}")
     return Split(train, test, held_out)
+
+
+def _annotated_first(train: list[str], named: Collection[str], count: int) -> list[str]:
+    """``train`` with the ``count`` annotated cases first, those that are ``named`` among them; else in its order."""
+    annotated = set(sorted(train, key=lambda name: name not in named)[:count])
+    return sorted(train, key=lambda name: name not in annotated)
 
 
 def read_list(path: Path, known: Collection[str]) -> list[str] | None:
@@ -110,8 +119,8 @@ def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: in
     unknown = [name for name in given if name not in {case.name for case in cases}]
     if unknown:
         raise UserError(
-            f"{settings.annotations} names {unknown[0]}, which is not one of the {len(cases)} annotated cases (the "
-            "first n_labeled of the training list): correct the name, the list or n_labeled")
+            f"{settings.annotations} names {unknown[0]}, which is not one of the {len(cases)} annotated cases "
+            "(n_labeled of the training cases, named ones first): correct the name, the lists or n_labeled")
     return {
         case.name: _given_slice(case, given[case.name], settings) if case.name in given else _drawn_slice(case, seed)
         for case in cases

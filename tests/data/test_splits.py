@@ -213,6 +213,19 @@ def test_csv_cases_train_first_and_never_test(ten, tmp_path):
         assert set(split.train[:2]) == {"h", "c"}
 
 
+def test_cases_that_are_named_are_annotated_wherever_they_are_listed(ten, tmp_path):
+    _, folder, cases, split = ten
+    (folder / "train.list").write_text("\n".join("jihgfedcba"))
+    (tmp_path / "slices.csv").write_text("case,slice\nb,12\ni,12\n")
+    result = split(annotations=str(tmp_path / "slices.csv"))
+    assert "".join(result.train) == "jibhgfedca" and "".join(result.test) == "hgfedca"
+    config = settings_of("la", tmp_path, annotations=str(tmp_path / "slices.csv"), n_labeled=3)
+    annotated = [next(case for case in cases if case.name == name) for name in result.train[:3]]
+    assert annotated_slices(annotated, config.data, 0).keys() == set("jib")
+    (tmp_path / "slices.csv").write_text("case,slice\nh,12\n")  # one of the first three: all as listed
+    assert "".join(split(annotations=str(tmp_path / "slices.csv")).train) == "jihgfedcba"
+
+
 def test_a_file_with_one_annotated_slice_is_enough(tmp_path):
     """Slice 7 of the file, 24 slices resampled to 8: the annotation is the file's, not what lies near it."""
     image = np.random.default_rng(0).integers(-100, 200, (24, 16, 16)).astype(np.int16)
