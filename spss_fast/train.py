@@ -145,7 +145,7 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
                         row |= foreground_dice("dice_fused", outputs.fused, batch.reference, values)
                     folder.log("joint", t, row)
                     progress.update(t, _status(row))
-                if t % training.preview_every == 0 or t == training.iterations:
+                if training.preview_every and (t % training.preview_every == 0 or t == training.iterations):
                     save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t, values)
                 if t == training.iterations:
                     finish(state, dataset, loader, folder, console)

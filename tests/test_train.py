@@ -153,8 +153,9 @@ def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
         evaluate.evaluate(tmp_path / "run", tmp_path / "other")
 
 
-def test_nothing_is_measured_on_a_label_of_one_slice(settings, phantoms, tmp_path):
-    _train(settings | {"registration_epochs": 0, "iterations": 1}, tmp_path / "run")
+def test_nothing_is_measured_on_a_label_of_one_slice_and_previews_can_be_left_out(settings, phantoms, tmp_path):
+    _train(settings | {"registration_epochs": 0, "iterations": 1, "preview_every": 0}, tmp_path / "run")
+    assert not list((tmp_path / "run" / "previews").iterdir())
     for name in ("case_00001", "case_00002"):
         shutil.copytree(phantoms / name, tmp_path / "other" / name)
     path = tmp_path / "other" / "case_00001" / "segmentation.nii.gz"
