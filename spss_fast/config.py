@@ -421,12 +421,11 @@ def toml_literal(value: Any) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as a TOML file that ``resolve`` reads back; settings that are none are left out."""
+    """The configuration as a TOML file that ``resolve`` reads back, whatever the preset says."""
     lines = []
     for section in SECTIONS:
         lines.append(f"[{section}]")
         for name, value in dataclasses.asdict(getattr(config, section)).items():
-            if value is not None:
-                lines.append(f"{name} = {toml_literal(value)}")
+            lines.append(f"{name} = {toml_literal('none' if value is None else value)}")
         lines.append("")
     return "\n".join(lines)

@@ -31,6 +31,15 @@ def test_settings_survive_toml_and_checkpoints(dataset, tmp_path):
         assert resolve(dataset, {}, file) == config == from_dict(to_dict(config))
 
 
+def test_a_setting_that_is_none_stays_so_against_its_preset(tmp_path):
+    file, flags = tmp_path / "config.toml", {"resample": "none", "window": "none"}
+    for dataset in ("kits", "folder"):
+        config = resolve(dataset, flags)
+        assert config.data.resample is config.data.window is None
+        file.write_text(to_toml(config))
+        assert resolve(dataset, {}, file) == config
+
+
 def test_every_class_has_a_label_value():
     assert resolve("la").data.class_values == resolve("la", {"foreground": "2,3"}).data.class_values == (0, 1)
     several = resolve("la", {"classes": "5,2,9"}).data
