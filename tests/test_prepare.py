@@ -166,6 +166,22 @@ def test_uneven_spacings_are_resampled_to_one_grid(tmp_path):
     assert {case.image.shape for case in result.cases} == {result.config.data.resample}
 
 
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_ct_that_is_stored_as_float(tmp_path, smoothed):
+    """Whole values show it whatever their type; where resampling made fractions of them a remark says what to do."""
+    image = np.full((40, 40, 24), -1000.0, np.float32)
+    image[6:34, 6:34] = np.random.default_rng(0).integers(-100, 300, (28, 28, 24))
+    image[0, 0, 0] = -1024 + 0.5 * smoothed
+    if smoothed:
+        image[6:34, 6:34] += 0.25
+    write_image(tmp_path / "scans" / "a.nii.gz", image)
+    result = run(tmp_path, tmp_path / "scans")
+    text = " ".join(result.settings.read_text().split("\n# "))
+    assert (result.config.data.window, result.config.data.body_crop) == (
+        (None, False) if smoothed else ((-160.0, 240.0), True))
+    assert ("look like CT in HU" in text and "--window -160,240" in text) == smoothed
+
+
 @pytest.mark.parametrize("text, expected", [("CT", "CT"), ("MRI", "MR"), ("FLAIR", "MR"), ("PT", "other"), ("", "")])
 def test_names_of_modalities(text, expected):
     assert known_modality(text) == expected

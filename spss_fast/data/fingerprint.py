@@ -63,7 +63,8 @@ def measure(case: Case, said: str, settings: DataSettings) -> Measured | str:
         sample = image[::step, ::step, ::step]
         percentiles = tuple(map(float, np.percentile(sample, (0.5, 50, 99.5))))
         lowest, highest = float(image.min()), float(image.max())
-        modality = said or concluded_modality(lowest, percentiles, image.dtype.kind in "iu")
+        whole = image.dtype.kind in "iu" or bool((sample == np.round(sample)).all())
+        modality = said or concluded_modality(lowest, percentiles, whole)
         body = scan.grid.size
         if modality == "CT":
             with contextlib.suppress(UserError):  # no body: nothing to crop to
@@ -172,6 +173,11 @@ def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], named:
         if name not in result.values:
             result.add(name, value, GIVEN.get(name, "as given"))
     result.remarks = _remarks(scans, modality, labelled, annotated)
+    like_ct = [s.name for s in scans if s.modality == "other" and not s.said and s.lowest < -900 and s.highest > 200]
+    if like_ct and result.values["window"] is None:
+        low, high = WINDOW
+        result.remarks.append(f"{len(like_ct)} scans look like CT in HU, but resampled, as their values are not whole: "
+                              f"{_some(like_ct)}; if so, add --window {low:g},{high:g} (soft tissue) and --body-crop")
     return result
 
 
@@ -261,6 +267,10 @@ def _n_labeled(count: int, labelled: int, annotated: int, n_test: int) -> tuple[
     return number, "16 as published, or what there is; one slice of each is used, drawn at random without annotations"
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+
+
 def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int) -> list[str]:
     remarks = []
     for what, attribute, mend in (
@@ -271,18 +281,16 @@ def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int
         usual = values.most_common(1)[0][0]
         others = [f"{scan.name} ({getattr(scan, attribute)})" for scan in scans if getattr(scan, attribute) != usual]
         if others:
-            more = ", ..." * (len(others) > 4)
-            remarks.append(f"the {what} of {len(others)} scans is not {usual}: {', '.join(others[:4])}{more}; {mend}")
+            remarks.append(f"the {what} of {len(others)} scans is not {usual}: {_some(others)}; {mend}")
     if not all(scan.said for scan in scans):
         remarks.append(f"modality {modality} was concluded from the intensities; no file says it")
     few = [scan.name for scan in scans if scan.size[2] < 16]
     if few:
-        remarks.append(f"{len(few)} scans have fewer than 16 slices: {', '.join(few[:4])}; patches are padded there")
+        remarks.append(f"{len(few)} scans have fewer than 16 slices: {_some(few)}; patches are padded there")
     thin = [scan.name for scan in scans if scan.values and not scan.full]
     if thin:
-        more = ", ..." * (len(thin) > 4)
-        remarks.append(f"{len(thin)} labels show one slice or none: {', '.join(thin[:4])}{more}; such a label can be a "
-                       "scan's annotation, but nothing is tested on it")
+        remarks.append(f"{len(thin)} labels show one slice or none: {_some(thin)}; such a label can be a scan's "
+                       "annotation, but nothing is tested on it")
     if not labelled and not annotated:
         remarks.append("no scan has a label: annotate one slice in each of n_labeled scans, then set annotations")
     return remarks
