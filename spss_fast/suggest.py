@@ -22,6 +22,7 @@ from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbnail
 from spss_fast.data.splits import read_list
 from spss_fast.errors import UserError
+from spss_fast.files import refuse_among_scans
 
 DESCRIPTION = """Which volumes to annotate, and which slice of each, as image + empty label pairs that 3D Slicer and
 ITK-SNAP open on that slice. Volumes: those that are most like all others (k-medoids of thumbnails). Slice: the one that
@@ -71,6 +72,7 @@ def suggest(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
     folder = Path(settings.data_dir)
+    refuse_among_scans(out, [folder], "copies of them")
     found = {case.name: case for case in find_cases(settings.dataset, folder)}
     trained, tested = (read_list(folder / f"{part}.list", found) for part in ("train", "test"))
     listed = read_table(out)

@@ -288,6 +288,14 @@ def test_test_cases_are_not_suggested(tmp_path):
         run(tmp_path / "la", tmp_path / "more", 3)
 
 
+def test_copies_do_not_go_among_the_scans(tmp_path):
+    write_image(tmp_path / "scans" / "a.nii.gz", ball()[0])
+    for out in (tmp_path / "scans", tmp_path / "scans" / "todo"):
+        with pytest.raises(UserError, match="which holds the scans, and copies of them there would be taken for scans"):
+            run(tmp_path / "scans", out, 1)
+    assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a.nii.gz"]
+
+
 def test_what_is_in_the_way_is_named(tmp_path):
     write_la(tmp_path / "la", 2)
     out = tmp_path / "todo"
