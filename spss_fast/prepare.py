@@ -194,8 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     for line in result.unusable:
         console.print(f"cannot be used: {line}", highlight=False, soft_wrap=True, markup=False)
     if result.unusable:
-        console.print(f"{len(result.unusable)} files cannot be used: mend them or take them away, or training will "
-                      "stop at them", highlight=False, soft_wrap=True)
+        console.print(f"{len(result.unusable)} files cannot be used: mend them, take them away or leave them out of "
+                      "both train.list and test.list, or training will stop at them", highlight=False, soft_wrap=True)
         return 1
     console.print(f"train with: python -m spss_fast.train --dataset folder --settings {result.settings} --out runs/"
                   f"{result.settings.stem}", highlight=False, soft_wrap=True, markup=False)

@@ -13,6 +13,7 @@ import numpy as np
 from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import Annotation, empty_annotations, read_annotations
 from spss_fast.data.cache import PreparedCase
+from spss_fast.data.layouts import Case
 from spss_fast.errors import UserError
 
 
@@ -78,6 +79,13 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
             f"label ({len(bare)} such{still}): annotate a slice of it, or lower n_labeled to "
             f"{settings.n_labeled - len(bare)}")
     return Split(train, test, held_out)
+
+
+def taking_part(cases: list[Case], data_dir: Path) -> list[Case]:
+    """The cases that ``train.list`` and ``test.list`` name where both are there, else all: those to prepare."""
+    known = {case.name for case in cases}
+    lists = [read_list(data_dir / f"{part}.list", known) for part in ("train", "test")]
+    return cases if None in lists else [case for case in cases if any(case.name in names for names in lists)]
 
 
 def _annotated_first(train: list[str], named: Collection[str], count: int) -> list[str]:

@@ -4,9 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from spss_fast.data.annotations import read_annotations
 from spss_fast.data.cache import PreparedCase
+from spss_fast.data.dataset import load
 from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.sampling import training_volumes
@@ -121,6 +123,18 @@ def test_bad_lists(ten, train, test, words):
         (folder / "test.list").write_text(test)
     with pytest.raises(UserError, match=words):
         split()
+
+
+def test_a_case_that_both_lists_leave_out_is_never_read(tmp_path):
+    names = write_la(tmp_path / "la", 6)
+    (tmp_path / "la" / "f" / "lgemri.nrrd").write_bytes(b"spoiled")
+    config = settings_of("la", tmp_path, data_dir=str(tmp_path / "la"), n_labeled=2)
+    (tmp_path / "la" / "train.list").write_text("\n".join(names[:4]))
+    with pytest.raises(UserError, match=r"f/lgemri\.nrrd cannot be read"):
+        load(config, Console(quiet=True))
+    (tmp_path / "la" / "test.list").write_text("e\n")
+    dataset = load(config, Console(quiet=True))
+    assert dataset.split.train == names[:4] and [case.name for case in dataset.test] == ["e"]
 
 
 def test_too_few_volumes(ten):
