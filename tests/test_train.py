@@ -22,6 +22,7 @@ from spss_fast.data.phantom import write_phantoms
 from spss_fast.engine import checkpoint
 from spss_fast.engine.interrupts import uninterrupted
 from spss_fast.engine.profiling import PHASES
+from spss_fast.engine.run_folder import RunFolder
 from spss_fast.errors import UserError
 
 SMALL = {
@@ -333,6 +334,10 @@ def test_evaluate_names_what_is_missing(tmp_path):
         evaluate.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="three voxel counts"):
         evaluate.main(["--run", str(tmp_path), "--stride", "4,4"])
+    with pytest.raises(UserError, match=r"x\.json is the name of the summary .* name the table, .*x\.csv"):
+        evaluate.main(["--run", str(tmp_path), "--out", str(tmp_path / "x.json")])
+    with pytest.raises(UserError, match=r"cannot read .*cases\.json .*: copy a run folder whole"):
+        RunFolder(tmp_path).cases()
 
 
 def test_the_same_seed_gives_the_same_bits(settings, tmp_path):

@@ -63,7 +63,7 @@ def find_nnunet(data_dir: Path) -> list[Found]:
     if not images or not all(numbered.values()) or set(images) & set(labels):
         return []
     channels = sorted({match[2] for match in numbered.values()})
-    _one_channel(data_dir, max(len(channels), len(channel_names(data_dir))))
+    _one_channel(data_dir, max(len(channels), len(channel_names(data_dir))), "copy the images of one channel")
     cases = {match[1]: images[name] for name, match in numbered.items()}
     return _paired(cases, labels, data_dir / "imagesTr")
 
@@ -72,15 +72,15 @@ def find_decathlon(data_dir: Path) -> list[Found]:
     """``imagesTr/CASE.nii.gz`` and ``labelsTr/CASE.nii.gz``."""
     images = _files(data_dir / "imagesTr")
     if images:
-        _one_channel(data_dir, len(channel_names(data_dir)))
+        _one_channel(data_dir, len(channel_names(data_dir)), "split the 4-D files, keep the 3-D ones of one channel")
     return _paired(images, _files(data_dir / "labelsTr"), data_dir / "imagesTr")
 
 
-def _one_channel(data_dir: Path, count: int) -> None:
+def _one_channel(data_dir: Path, count: int, mend: str) -> None:
     if count > 1:
         names = ", ".join(channel_names(data_dir)) or "numbered _0000, _0001, ..."
-        raise UserError(f"{data_dir / 'imagesTr'} has {count} channels per case ({names}), and one is taken: copy the "
-                        "images of one channel into a folder of their own")
+        raise UserError(f"{data_dir / 'imagesTr'} has {count} channels per case ({names}), and one is taken: {mend}, "
+                        "and put them, with labelsTr, into a folder without this dataset.json")
 
 
 def _files(folder: Path) -> dict[str, Path]:

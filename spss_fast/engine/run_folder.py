@@ -65,8 +65,12 @@ class RunFolder:
             raise UserError(f"{self.path} is a file: choose another --out")
 
     def cases(self) -> dict[str, Any]:
-        """What ``cases.json`` says."""
-        return json.loads((self.path / "cases.json").read_text())
+        """What ``cases.json`` says; ``UserError`` where it cannot be read."""
+        path = self.path / "cases.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} ({error}): copy a run folder whole, with all its files") from error
 
     def log(self, stage: str, step: int, row: dict[str, float]) -> None:
         """Append one row of metrics to the stage's CSV and to TensorBoard."""
