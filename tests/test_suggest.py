@@ -305,7 +305,7 @@ def test_what_is_in_the_way_is_named(tmp_path):
         run(tmp_path / "la", out, 2)
     assert (out / "a" / "notes.txt").read_text() == "mine" and not list(out.glob(".*"))
     (out / "slices.csv").write_text("name,position\na,3\n")
-    with pytest.raises(UserError, match=r"slices\.csv is not a table of case,axis,slice"):
+    with pytest.raises(UserError, match=r"slices\.csv must begin with the line case,axis,slice"):
         run(tmp_path / "la", out, 2)
 
 

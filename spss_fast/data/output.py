@@ -46,7 +46,7 @@ def _write_nifti(image: sitk.Image, path: Path, source: Path) -> None:
         if ending(source) in (".nii", ".nii.gz"):
             with gzip.open(source) if ending(source) == ".nii.gz" else open(source, "rb") as file:
                 start = file.read(NIFTI.itemsize)
-            # the header begins with its own size; NIfTI-2, of 540 bytes, keeps doubles elsewhere
+            # the header begins with its own size
             order = {b"\x5c\x01\x00\x00": "<", b"\x00\x00\x01\x5c": ">"}.get(start[:4])
             if order is not None:
                 header = np.frombuffer(start, NIFTI.newbyteorder(order))[0]
