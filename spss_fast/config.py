@@ -198,6 +198,11 @@ class Config:
     selection: SelectionSettings = field(default_factory=SelectionSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in which training passes over the annotated volumes once."""
+        return max(1, self.data.n_labeled // self.training.batch_labeled)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "la": {"patch": (112, 112, 80), "max_in_plane": 320},
@@ -210,6 +215,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # survive the published dropout; of 8 filters too few would. Slices lie 6 mm apart, so a slice of distance costs
     # more. The ramp is the published one, so SU and SC have hardly begun when training ends: as fast as the schedule is
     # short they cost accuracy (Dice 0.85 against 0.88), because the teacher is still behind the registration labels.
+    # For that reason its weight in the fused labels keeps the published pace too (w_p ends at 0.47), and the schedule
+    # ends before disagreement_from.
     "phantom": {
         "patch": (64, 64, 32), "window": (-160.0, 240.0), "body_crop": True, "resample": (64, 64, 32),
         "phantoms": 32, "n_labeled": 12, "n_test": 8,
@@ -229,10 +236,11 @@ def _scaled(config: Config) -> None:
     rounded up to a multiple of 16, which the V-Net's four halvings need. There are factor^3 fewer voxels to learn, so
     the joint schedule is shorter by that, with its learning-rate steps and its ramps. It takes a higher learning rate
     and less dropout to get there, and so few iterations leave the network sensitive to a scan's own contrast, which
-    statistics of each case take out. Two paces are not shortened as much, because they hand over to a teacher that has
-    to have learnt first: lambda's stays, and the teacher's weight in the fused labels grows faster by the factor only
-    (on LA it ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74; with 0.75 and more, below
-    0.67).
+    statistics of each case take out. Three paces are not shortened as much. Two hand over to a teacher that has to have
+    learnt first: lambda's stays, and the teacher's weight in the fused labels grows faster by the factor only (on LA it
+    ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74; with 0.75 and more, below 0.67). And
+    ``disagreement_from`` stays: with the published 1000, past the end of what ``downsample = 2`` leaves of the
+    published schedule (750 iterations), voxels on which registration and teacher disagree never weigh more.
     """
     factor = config.data.downsample
     data, registration, training = config.data, config.registration, config.training

@@ -137,3 +137,8 @@ def test_bad_settings_files_are_named(text, said, tmp_path):
     file.write_text(text)
     with pytest.raises(UserError, match=rf"{said}(.|\n)*mine.toml|mine.toml(.|\n)*{said}"):
         resolve("la", {}, file)
+
+
+@pytest.mark.parametrize("labeled, batch, batches", [(16, 2, 8), (5, 2, 2), (3, 3, 1)])
+def test_an_epoch_passes_over_the_annotated_volumes_once(labeled, batch, batches):
+    assert resolve("la", {"n_labeled": labeled, "batch_labeled": batch}).batches_per_epoch == batches
