@@ -19,11 +19,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from spss_fast.config import DataSettings
 from spss_fast.data.annotations import Annotation
-from spss_fast.data.geometry import Grid, resample, to_image
+from spss_fast.data.geometry import Grid, resample
 from spss_fast.data.images import files_of
 from spss_fast.data.layouts import Case, read_case, read_label
 from spss_fast.data.parallel import parallel
@@ -65,19 +64,6 @@ class PreparedCase:
     def full_label(self) -> np.ndarray | None:
         """:meth:`label` where it is a full one, else None; for monitoring and evaluation only."""
         return self.label() if self.has_full_label else None
-
-    def to_source(self, array: np.ndarray, linear: bool = False) -> sitk.Image:
-        """An (H, W, D) array on the prepared grid, taken back onto the original file's own grid, 0 beyond the crop.
-
-        ``linear`` suits probabilities, the default (nearest) label maps.
-        """
-        image = to_image(array, self.grid)
-        reference = sitk.Image([int(n) for n in self.source.size], sitk.sitkUInt8)
-        reference.SetSpacing(self.source.spacing)
-        reference.SetOrigin(self.source.origin)
-        reference.SetDirection(self.source.direction)
-        method = sitk.sitkLinear if linear else sitk.sitkNearestNeighbor
-        return sitk.Resample(image, reference, sitk.Transform(), method)
 
     def slice_axis(self) -> int:
         """The axis of the original file's array along which the slices lie."""
