@@ -162,7 +162,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
         pseudo_label = box.paste(state.teacher(view1), state.teacher(view2)).argmax(1)
         outputs = [state.teacher(selfpaced.clipped_noise(mixed, selection)) for _ in range(selection.passes)]  # 4
     weight = selfpaced.ramp(t, selection)
-    lam = selfpaced.threshold(t // max(1, config.data.n_labeled // training.batch_labeled), selection)
+    lam = selfpaced.threshold(t // config.batches_per_epoch, selection)
     rate = weight * selfpaced.tau(t, selection)
     mask = least_uncertain(outputs, int(selfpaced.keep_count(image[0, 0].numel(), state.last_loss, lam, rate)))
 

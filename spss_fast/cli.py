@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -30,6 +30,18 @@ class Parser(argparse.ArgumentParser):
         if self.console:
             prog = prog.replace("spss_fast.", "spss-fast ")
         super().__init__(prog, allow_abbrev=False, formatter_class=_Help, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse's, but what begins with a minus and a digit, like ``-160,240``, is the value of the flag before
+        it: argparse takes single negative numbers only."""
+        valued = {option for action in self._actions if action.nargs != 0 for option in action.option_strings}
+        joined: list[str] = []
+        for part in sys.argv[1:] if args is None else args:
+            if re.match(r"-\.?\d", part) and joined and joined[-1] in valued and "--" not in joined:
+                joined[-1] += "=" + part
+            else:
+                joined.append(part)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
         unknown = "unrecognized arguments: "

@@ -22,7 +22,8 @@ except ModuleNotFoundError:  # Python 3.10
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with the text that ``--help`` shows for it; ``bare`` is what its flag means without a value."""
+    """A dataclass field with the text that ``--help`` shows for it; ``bare`` is what its flag means without a value,
+    ``least`` and ``most`` bound its number (0 and infinity where they are not given)."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -36,7 +37,9 @@ class DataSettings:
         "", "CSV of case,slice naming the annotated slices, or folder of <case>/annotation.nii.gz with one annotated "
         "slice each; drawn at random where not given"
     )
-    n_labeled: int = setting(16, "annotated volumes, one slice each: the first ones of the training list")
+    n_labeled: int = setting(
+        16, "annotated volumes, one slice each: those that annotations names, then the first of the training list"
+    )
     n_test: int = setting(20, "volumes split off for testing where the data set brings no train.list")
     patch: tuple[int, int, int] = setting((112, 112, 80), "training patch in voxels: height, width, slices")
     window: tuple[float, float] | None = setting(None, "intensity window mapped to [0, 1] before z-scoring (CT: HU)")
@@ -63,7 +66,7 @@ class DataSettings:
         "auto", "who cuts the training patches; both give the same (auto: dali on a GPU where it is installed)",
         choices=("auto", "dali", "torch"),
     )
-    phantoms: int = setting(28, "phantom volumes to write when the phantom folder is empty")
+    phantoms: int = setting(28, "phantom volumes to write when the phantom folder is empty", least=1)
 
     @property
     def class_values(self) -> tuple[int, ...]:
@@ -81,8 +84,8 @@ class DataSettings:
 class NetworkSettings:
     """V-Net and its projector."""
 
-    filters: int = setting(16, "channels of the V-Net's first level (8: half width)")
-    dropout: float = setting(0.5, "channel dropout at the bottleneck and before the last convolution")
+    filters: int = setting(16, "channels of the V-Net's first level (8: half width)", least=1)
+    dropout: float = setting(0.5, "channel dropout at the bottleneck and before the last convolution", most=1)
     statistics: str = setting(
         "running", "batch-norm statistics at inference: the running ones, or those of each case's own windows",
         choices=("running", "case"),
@@ -95,13 +98,15 @@ class RegistrationSettings:
 
     registration_epochs: int = setting(200, "stage 1: epochs of n_labeled/2 batches")
     registration_steps: int = setting(10, "Adam steps per batch, in both stages")
-    registration_pairs: int = setting(32, "neighbouring slice pairs per step")
+    registration_pairs: int = setting(32, "neighbouring slice pairs per step", least=1)
     registration_lr: float = setting(1e-4, "Adam learning rate of the registration network")
     similarity: str = setting("mse", "image similarity between warped and fixed slices", choices=("mse", "ncc"))
     opening: int = setting(5, "width in voxels of the cross that opens registration labels")
     closing: int = setting(5, "width in voxels of the square that closes far registration labels")
     far_distance: int = setting(10, "slices from the annotated one beyond which labels are cleaned harder")
-    structures: int = setting(1, "components of the annotated slice carried each on their own (2: paired organs)")
+    structures: int = setting(
+        1, "components of the annotated slice carried each on their own (2: paired organs)", least=1
+    )
     far_iterations: int = setting(5, "erosions, then dilations, of a far label's opening")
 
 
@@ -109,23 +114,23 @@ class RegistrationSettings:
 class SelectionSettings:
     """SU and SC: which voxels and which features to trust."""
 
-    passes: int = setting(8, "Monte-Carlo dropout passes T of the teacher")
+    passes: int = setting(8, "Monte-Carlo dropout passes T of the teacher", least=1)
     noise: float = setting(0.1, "standard deviation of the noise on teacher inputs and views")
     noise_clip: float = setting(0.2, "bound of that noise")
     lambda_start: float = setting(0.1, "pace threshold at the start of stage 2")
     lambda_growth: float = setting(1.01, "growth of lambda per epoch")
     tau_start: float = setting(0.8, "tau at the start of stage 2")
     tau_growth: float = setting(1.4, "growth of tau every tau_every iterations")
-    tau_every: int = setting(500, "iterations between growths of tau")
-    ramp_every: int = setting(150, "iterations per step of the ramp w(t)")
-    ramp_length: int = setting(40, "steps of the ramp w(t)")
+    tau_every: int = setting(500, "iterations between growths of tau", least=1)
+    ramp_every: int = setting(150, "iterations per step of the ramp w(t)", least=1)
+    ramp_length: int = setting(40, "steps of the ramp w(t)", least=1)
     ramp_max: float = setting(0.1, "final value of the ramp w(t)")
     unsupervised_ce: str = setting(
         "probabilities", "input that the cross entropy of the unsupervised loss takes as logits",
         choices=("probabilities", "logits"),
     )
     negatives: int = setting(50, "prototypes k per class in the contrastive loss")
-    temperature: float = setting(0.07, "temperature of the contrastive loss")
+    temperature: float = setting(0.07, "temperature of the contrastive loss", least=1e-3)
     contrast: str = setting(
         "bidirectional", "anchors of the contrastive loss", choices=("bidirectional", "unidirectional")
     )
@@ -136,17 +141,18 @@ class TrainingSettings:
     """Stage 2: the joint iterations."""
 
     iterations: int = setting(6000, "joint iterations t_max")
-    batch_labeled: int = setting(2, "annotated volumes per batch")
+    batch_labeled: int = setting(2, "annotated volumes per batch", least=1)
     batch_unlabeled: int = setting(2, "unlabelled volumes per batch")
     lr: float = setting(0.01, "SGD learning rate")
     momentum: float = setting(0.9, "SGD momentum")
     weight_decay: float = setting(1e-4, "SGD weight decay")
-    lr_every: int = setting(2500, "iterations between learning-rate steps")
+    lr_every: int = setting(2500, "iterations between learning-rate steps", least=1)
     lr_factor: float = setting(0.1, "factor of a learning-rate step")
-    ema: float = setting(0.99, "upper bound of the teacher's moving-average coefficient")
-    fusion: float = setting(0.9, "final weight of the teacher in the fused labels")
+    ema: float = setting(0.99, "upper bound of the teacher's moving-average coefficient", most=1)
+    fusion: float = setting(0.9, "final weight of the teacher in the fused labels", most=1)
     fusion_iterations: int = setting(
-        6000, "iteration at which that weight is reached; more than iterations keeps the teacher from early power"
+        6000, "iteration at which that weight is reached; more than iterations keeps the teacher from early power",
+        least=1,
     )
     fusion_power: float = setting(0.2, "power of the fused labels' schedule")
     distance_decay: float = setting(0.8, "weight per slice of distance from the annotated one")
@@ -168,9 +174,9 @@ class TrainingSettings:
     profile: int = setting(
         0, "iterations of stage 2 to profile: a table by phase and a Chrome trace; 0 profiles none", bare=10
     )
-    log_every: int = setting(10, "iterations between rows of joint.csv")
-    preview_every: int = setting(100, "iterations between preview PNGs")
-    checkpoint_every: int = setting(100, "iterations between checkpoints")
+    log_every: int = setting(10, "iterations between rows of joint.csv", least=1)
+    preview_every: int = setting(100, "iterations between preview PNGs; 0 makes none")
+    checkpoint_every: int = setting(100, "iterations between checkpoints", least=1)
 
 
 SECTIONS = {
@@ -192,6 +198,11 @@ class Config:
     selection: SelectionSettings = field(default_factory=SelectionSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in which training passes over the annotated volumes once."""
+        return max(1, self.data.n_labeled // self.training.batch_labeled)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "la": {"patch": (112, 112, 80), "max_in_plane": 320},
@@ -204,6 +215,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # survive the published dropout; of 8 filters too few would. Slices lie 6 mm apart, so a slice of distance costs
     # more. The ramp is the published one, so SU and SC have hardly begun when training ends: as fast as the schedule is
     # short they cost accuracy (Dice 0.85 against 0.88), because the teacher is still behind the registration labels.
+    # For that reason its weight in the fused labels keeps the published pace too (w_p ends at 0.47), and the schedule
+    # ends before disagreement_from.
     "phantom": {
         "patch": (64, 64, 32), "window": (-160.0, 240.0), "body_crop": True, "resample": (64, 64, 32),
         "phantoms": 32, "n_labeled": 12, "n_test": 8,
@@ -223,10 +236,11 @@ def _scaled(config: Config) -> None:
     rounded up to a multiple of 16, which the V-Net's four halvings need. There are factor^3 fewer voxels to learn, so
     the joint schedule is shorter by that, with its learning-rate steps and its ramps. It takes a higher learning rate
     and less dropout to get there, and so few iterations leave the network sensitive to a scan's own contrast, which
-    statistics of each case take out. Two paces are not shortened as much, because they hand over to a teacher that has
-    to have learnt first: lambda's stays, and the teacher's weight in the fused labels grows faster by the factor only
-    (on LA it ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74; with 0.75 and more, below
-    0.67).
+    statistics of each case take out. Three paces are not shortened as much. Two hand over to a teacher that has to have
+    learnt first: lambda's stays, and the teacher's weight in the fused labels grows faster by the factor only (on LA it
+    ends at 0.68; labels fused with 0.57 to 0.70 were measured best then, 0.74; with 0.75 and more, below 0.67). And
+    ``disagreement_from`` stays: with the published 1000, past the end of what ``downsample = 2`` leaves of the
+    published schedule (750 iterations), voxels on which registration and teacher disagree never weigh more.
     """
     factor = config.data.downsample
     data, registration, training = config.data, config.registration, config.training
@@ -272,20 +286,26 @@ def _typed(name: str, value: Any) -> Any:
             parts = value.replace(",", " ").split() if isinstance(value, str) else list(value)
             if kinds[-1] is not Ellipsis and len(parts) != len(kinds):
                 raise ValueError(f"needs {len(kinds)} values")
-            return tuple(kinds[0](part) for part in parts)
+            return tuple(_number(kinds[0], part) for part in parts)
         if hint is bool:
             if isinstance(value, str):
                 value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[value.lower()]
             return bool(value)
-        if hint is int and isinstance(value, float) and value != int(value):
-            raise ValueError("needs a whole number")
-        typed = hint(value)
+        typed = hint(value) if hint is str else _number(hint, value)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"setting {name} = {value!r} is not valid ({item.metadata['help']}): {error}") from error
     choices = item.metadata.get("choices")
     if choices and typed not in choices:
         raise UserError(f"setting {name} = {value!r}: choose one of {', '.join(choices)}")
     return typed
+
+
+def _number(kind: type, value: Any) -> int | float:
+    if isinstance(value, bool):
+        raise ValueError("needs a number")
+    if kind is int and isinstance(value, float) and value % 1 != 0:  # NaN and infinity too
+        raise ValueError("needs a whole number")
+    return kind(value)
 
 
 def _assign(config: Config, values: dict[str, Any], origin: str) -> None:
@@ -355,7 +375,7 @@ def _check(config: Config) -> None:
     wrong = [side for side in data.patch if side < 16 or side % 16]
     if wrong:
         raise UserError(f"setting patch = {data.patch}: sides must be multiples of 16 (four halvings in the V-Net)")
-    if data.window is not None and data.window[0] >= data.window[1]:
+    if data.window is not None and not data.window[0] < data.window[1]:
         raise UserError(f"setting window = {data.window}: the lower bound must be below the upper")
     if data.classes and data.foreground:
         raise UserError("settings foreground and classes exclude each other: one merges label values, the other keeps "
@@ -363,17 +383,25 @@ def _check(config: Config) -> None:
     if len(data.classes) == 1 or len(set(data.classes)) < len(data.classes):
         raise UserError(f"setting classes = {data.classes}: name two or more different label values (foreground takes "
                         "those that make one class)")
-    if data.classes and not all(0 < value < 256 for value in data.classes):
-        raise UserError(f"setting classes = {data.classes}: label values lie between 1 and 255, 0 is background")
+    for name in ("classes", "foreground"):
+        values = getattr(data, name)
+        if not all(0 < value < 256 for value in values):
+            raise UserError(f"setting {name} = {values}: label values lie between 1 and 255, 0 is background")
+    if data.resample is not None and min(data.resample) < 1:
+        raise UserError(f"setting resample = {data.resample}: sides must be at least 1")
     if not all(width > 0 and width % 2 for width in (registration.opening, registration.closing)):
         raise UserError("settings opening and closing must be odd (1 leaves labels as they are)")
     if data.n_labeled < training.batch_labeled:
         raise UserError(f"setting n_labeled must be at least batch_labeled = {training.batch_labeled}")
-    for section in (training, registration, config.selection, config.network):
-        for item in fields(section):
-            value = getattr(section, item.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
-                raise UserError(f"setting {item.name} = {value} must not be negative")
+    for section in SECTIONS:
+        for item in fields(SECTIONS[section]):
+            value = getattr(getattr(config, section), item.name)
+            least, most = item.metadata.get("least", 0), item.metadata.get("most", math.inf)
+            # NaN is not within bounds, nor beyond them
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                need = f"must be at most {most}" if value > most else (
+                    f"must be at least {least}" if least else "must not be negative")
+                raise UserError(f"setting {item.name} = {value} {need} ({item.metadata['help']})")
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -401,12 +429,11 @@ def toml_literal(value: Any) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as a TOML file that ``resolve`` reads back; settings that are none are left out."""
+    """The configuration as a TOML file that ``resolve`` reads back, whatever the preset says."""
     lines = []
     for section in SECTIONS:
         lines.append(f"[{section}]")
         for name, value in dataclasses.asdict(getattr(config, section)).items():
-            if value is not None:
-                lines.append(f"{name} = {toml_literal(value)}")
+            lines.append(f"{name} = {toml_literal('none' if value is None else value)}")
         lines.append("")
     return "\n".join(lines)

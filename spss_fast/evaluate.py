@@ -143,10 +143,13 @@ def main(arguments: list[str] | None = None) -> None:
             stride = ()
         if len(stride) != 3 or min(stride) < 1:
             raise UserError("--stride needs three voxel counts of at least 1, like 18,18,4")
+    out = out or run / "evaluation.csv"
+    if out.suffix.lower() == ".json":
+        raise UserError(f"--out {out} is the name of the summary beside the table of metrics: name the table, "
+                        f"{out.with_suffix('.csv')}")
     console = Console()
     rows, meaning, whose = _measure(run, stride=stride, **given)
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
-    out = out or run / "evaluation.csv"
     write_metrics(out, rows)
     write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
     labels = run / "registration_labels.csv"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from spss_fast.errors import UserError
 
 
 def atomically(path: Path, write: Any) -> None:
@@ -18,6 +21,15 @@ def atomically(path: Path, write: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_among_scans(out: Path, folders: Iterable[Path], written: str) -> None:
+    """Raises ``UserError`` where ``out`` is one of ``folders``, which hold scans, or lies below it: what is ``written``
+    there would be found as scans the next time."""
+    for folder in folders:
+        if out.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{out} is or lies below {folder}, which holds the scans, and {written} there would be "
+                            "taken for scans: choose another folder")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from spss_fast import __version__, cli
 from spss_fast.config import PRESETS, SECTIONS, Config, resolve
+from spss_fast.data.images import ending
 from spss_fast.data.inputs import find_inputs, output_paths, refuse_clashes
-from spss_fast.data.output import suffix_of, write_like
+from spss_fast.data.output import write_like
 from spss_fast.engine import checkpoint
 from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.prediction import Options, Segmentation, segment
@@ -24,7 +25,7 @@ from spss_fast.engine.progress import Progress
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.weights import build_network, fingerprint, read_weights, state_dict_of
 from spss_fast.errors import UserError
-from spss_fast.files import atomically, write_json
+from spss_fast.files import atomically, refuse_among_scans, write_json
 from spss_fast.nets.vnet import VNet
 
 DESCRIPTION = """Segment scans with a trained network: label maps in each scan's own geometry and format, into the
@@ -103,7 +104,7 @@ def predict(
     """
     console, out = console or Console(), Path(out)
     given = [inputs] if isinstance(inputs, (str, Path)) else inputs
-    if suffix_of(out) or out.is_file():
+    if ending(out) or out.is_file():
         raise UserError(f"{out} is to be the folder for the predictions, not a file: give a folder, after the scans")
     if not 0 <= overlap < 1 or tiles < 1:
         raise UserError(f"overlap = {overlap}, tiles = {tiles}: overlap must be from 0 to below 1, tiles at least 1")
@@ -116,8 +117,7 @@ def predict(
                         "label values of --classes: give the run of these weights")
     outputs = [output_paths(case, out, classes, probabilities, entropy) for case in cases]
     refuse_clashes(cases, outputs)
-    if any(Path(path).resolve() == out.resolve() for path in given):
-        raise UserError(f"{out} holds the scans, and predictions there would be taken for scans: choose another folder")
+    refuse_among_scans(out, filter(Path.is_dir, map(Path, given)), "predictions")
     precision = resolve_amp(amp or config.training.amp, where)
     options = Options(overlap, mirror, largest_component, tiles, precision, config.network.statistics)
     _claim(out, _record(network, config, options), [path for paths in outputs for path in paths.values()], overwrite)
@@ -183,7 +183,7 @@ def _claim(out: Path, record: dict[str, Any], outputs: list[Path], overwrite: bo
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = [] if path.exists() else sorted(file for file in out.iterdir() if suffix_of(file))
+        foreign = [] if path.exists() else sorted(file for file in out.iterdir() if ending(file))
         if foreign:
             raise UserError(f"{foreign[0]} is there already and no prediction (no {RECORD} beside it): choose another "
                             "folder")

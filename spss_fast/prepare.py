@@ -11,7 +11,13 @@ from rich.console import Console
 from spss_fast import cli
 from spss_fast.config import SECTIONS, Config, DataSettings, resolve
 from spss_fast.data import cache
-from spss_fast.data.annotations import Annotation, common_plane, folder_states, refuse_all_empty
+from spss_fast.data.annotations import (
+    Annotation,
+    common_plane,
+    folder_states,
+    read_annotations,
+    refuse_all_empty,
+)
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_folder, propose, to_toml
 from spss_fast.data.layouts import Case, find_cases, source_grid
@@ -69,11 +75,15 @@ def prepare_folder(
         raise UserError("--settings prepares by a file, --out writes one: give one of them")
     cases = find_cases("folder", data_dir)
     config = resolve("folder", flags, settings)
-    unusable = []
+    unusable, annotated = [], []
     if config.data.annotations:
         flags["annotations"] = str(Path(config.data.annotations).expanduser().resolve())
-        unusable += _annotated(cases, config, flags, console)
+        annotated, unusable = _annotated(cases, config, flags, console)
         config = resolve("folder", flags, settings)
+        needed = config.training.batch_labeled
+        if settings is None and "n_labeled" not in flags and 0 < len(annotated) < needed:
+            raise UserError(f"{flags['annotations']} annotates {len(annotated)} scan, and training needs {needed}: "
+                            f"annotate {needed - len(annotated)} more")
     if settings is None:
         flags["data_dir"] = str(data_dir.resolve())
         measured, failures = _measure(cases, config, data_dir)
@@ -81,18 +91,21 @@ def prepare_folder(
         if not measured:
             raise UserError(f"none of the {len(cases)} scans in {data_dir} can be used: {unusable[0]}")
         cases = [case for case in cases if case.name not in failures]
-        _write(out, measured, data_dir, flags, unusable, console)
+        _write(out, measured, data_dir, flags, annotated, unusable, console)
         config = resolve("folder", {}, out)
     prepared, failures = _prepare(cases, config)
     unusable += failures
     return Preparation(out or settings, config, prepared, unusable)
 
 
-def _annotated(cases: list[Case], config: Config, flags: dict[str, Any], console: Console) -> list[str]:
-    """Says which cases are annotated, and sets the plane; returns a line for every annotation that cannot be used."""
+def _annotated(
+    cases: list[Case], config: Config, flags: dict[str, Any], console: Console
+) -> tuple[list[str], list[str]]:
+    """Says which cases are annotated, and sets the plane where a folder shows it; returns their names, and a line for
+    every annotation that cannot be used."""
     folder = Path(flags["annotations"])
     if not folder.is_dir():
-        return []
+        return _named(cases, config, console)
     states = folder_states(folder, config.data, cases)
     refuse_all_empty(states, folder)
     good = {name: state for name, state in states.items() if isinstance(state, Annotation)}
@@ -111,8 +124,22 @@ def _annotated(cases: list[Case], config: Config, flags: dict[str, Any], console
             raise UserError(f"setting plane = {config.data.plane}, but {folder} is annotated in the {plane} plane: "
                             "leave plane at auto")
         flags["plane"] = plane
-        flags.setdefault("n_labeled", len(good))
-    return [state for state in states.values() if isinstance(state, str)]
+    return list(good), [state for state in states.values() if isinstance(state, str)]
+
+
+def _named(cases: list[Case], config: Config, console: Console) -> tuple[list[str], list[str]]:
+    """As :func:`_annotated`, of a CSV of slices."""
+    table, scans, good, wrong = config.data.annotations, {case.name: case for case in cases}, [], []
+    for name, annotation in read_annotations(config.data).items():
+        if name not in scans:
+            wrong.append(f"{table} names {name}, which is no scan of the data folder: correct the name, or strike it")
+        elif scans[name].label is None:
+            wrong.append(f"{table} names slice {annotation.index} of {name}, but {scans[name].image} has no label: add "
+                         "the label that holds the slice")
+        else:
+            good.append(name)
+    console.print(f"{table} names a slice of {len(good)} scans", highlight=False, soft_wrap=True)
+    return good, wrong
 
 
 def _measure(cases: list[Case], config: Config, data_dir: Path) -> tuple[list[Measured], dict[str, str]]:
@@ -125,10 +152,10 @@ def _measure(cases: list[Case], config: Config, data_dir: Path) -> tuple[list[Me
 
 
 def _write(
-    out: Path, measured: list[Measured], data_dir: Path, flags: dict[str, Any], unusable: list[str], console: Console
+    out: Path, measured: list[Measured], data_dir: Path, flags: dict[str, Any], annotated: list[str],
+    unusable: list[str], console: Console,
 ) -> None:
     given = {name: getattr(resolve("folder", flags).data, name) for name in flags}
-    annotated = given.get("n_labeled", 0) if given.get("annotations") else 0
     proposal = propose(measured, data_dir, given, annotated)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -167,8 +194,8 @@ def main(arguments: list[str] | None = None) -> int:
     for line in result.unusable:
         console.print(f"cannot be used: {line}", highlight=False, soft_wrap=True, markup=False)
     if result.unusable:
-        console.print(f"{len(result.unusable)} files cannot be used: mend them or take them away, or training will "
-                      "stop at them", highlight=False, soft_wrap=True)
+        console.print(f"{len(result.unusable)} files cannot be used: mend them, take them away or leave them out of "
+                      "both train.list and test.list, or training will stop at them", highlight=False, soft_wrap=True)
         return 1
     console.print(f"train with: python -m spss_fast.train --dataset folder --settings {result.settings} --out runs/"
                   f"{result.settings.stem}", highlight=False, soft_wrap=True, markup=False)

@@ -22,6 +22,7 @@ from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbnail
 from spss_fast.data.splits import read_list
 from spss_fast.errors import UserError
+from spss_fast.files import refuse_among_scans
 
 DESCRIPTION = """Which volumes to annotate, and which slice of each, as image + empty label pairs that 3D Slicer and
 ITK-SNAP open on that slice. Volumes: those that are most like all others (k-medoids of thumbnails). Slice: the one that
@@ -59,9 +60,9 @@ def suggest(
 ) -> list[Suggestion]:
     """Fill ``out`` with ``budget`` cases to annotate, and return them: which case, along which axis, which slice.
 
-    The scans of ``settings.data_dir`` compete, but for those that a ``test.list`` there names; their labels, if there
-    are any, are not looked at. Cases that ``out`` already holds count, are kept and are not written to. Raises
-    ``UserError`` where there are too few scans, and for scans or an ``out`` that cannot be used.
+    The scans of ``settings.data_dir`` compete, but for those that a ``test.list`` there names or a ``train.list`` does
+    not; their labels, if there are any, are not looked at. Cases that ``out`` already holds count, are kept and are not
+    written to. Raises ``UserError`` where there are too few scans, and for scans or an ``out`` that cannot be used.
     """
     console = console or Console()
     if budget < 1:
@@ -71,18 +72,20 @@ def suggest(
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
     folder = Path(settings.data_dir)
+    refuse_among_scans(out, [folder], "copies of them")
     found = {case.name: case for case in find_cases(settings.dataset, folder)}
-    tested = read_list(folder / "test.list", found) or []
+    trained, tested = (read_list(folder / f"{part}.list", found) for part in ("train", "test"))
     listed = read_table(out)
     wanted = budget - len(listed)
     if wanted <= 0:
         console.print(f"{out} already holds {len(listed)} cases to annotate; a larger --budget adds more",
                       highlight=False, soft_wrap=True)
         return listed
-    pool = [case for name, case in found.items() if name not in tested]
+    pool = [case for name, case in found.items() if name in (trained or found) and name not in (tested or ())]
     fixed = tuple(item.case for item in listed if item.case in {case.name for case in pool})
     if wanted > len(pool) - len(fixed):
-        left_out = f", {len(tested)} more are in test.list" if tested else ""
+        others = len(found) - len(pool)
+        left_out = f", {others} more are in test.list or not in train.list" if others else ""
         raise UserError(f"--budget {budget} needs {wanted} scans more than {out} holds, but {folder} has "
                         f"{len(pool) - len(fixed)}{left_out}: lower it, or add scans")
     prepared = prepare([replace(case, label=None) for case in pool], settings)

@@ -99,7 +99,7 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
 def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, console: Console) -> None:
     """Stage 1: epochs of registration steps on whole batches."""
     config = state.config
-    per_epoch = max(1, config.data.n_labeled // config.training.batch_labeled)
+    per_epoch = config.batches_per_epoch
     sampler = Sampler(dataset.labeled, dataset.unlabeled, config, config.training.seed + 1)
     epochs = config.registration.registration_epochs
     with (
@@ -185,7 +185,7 @@ def _refuse_divergence(config: Config, when: str, **losses: float) -> None:
 
 
 def _next_step(dataset: Dataset, out: Path) -> str:
-    if any(case.has_label for case in dataset.test):
+    if any(case.has_full_label for case in dataset.test):
         return f"measure it with: python -m spss_fast.evaluate --run {out}"
     return (f"no test case has a full label; segment scans with: python -m spss_fast.predict SCANS OUT --run {out}, or "
             f"measure it on others with: python -m spss_fast.evaluate --run {out} --data-dir LABELLED_SCANS")

@@ -81,6 +81,24 @@ def test_errors_are_one_line(arguments, said, capsys):
     assert shown.err.startswith(said) and len(shown.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["suggest", "prepare", "train"])
+def test_a_value_may_begin_with_a_minus(name):
+    parse = import_module(f"spss_fast.{name}").parse
+    for window in ("-160,240", "-1000", "-.5,.5"):
+        given = parse(["--data-dir", "d", "--window", window, "--workers", "2", "--out", "o"])
+        assert (given["window"], given["workers"], given["out"]) == (window, "2", Path("o"))
+    assert parse(["--data-dir", "d", "--out", "o", "--window=-160,240"])["window"] == "-160,240"
+
+
+def test_scans_whose_names_begin_with_a_minus_follow_two(capsys):
+    arguments = ["--mirror", "--run", "r", "--window", "-9,9", "--", "-1.nii", "o"]
+    given = import_module("spss_fast.predict").parse(arguments)
+    assert given["inputs"] == [Path("-1.nii")] and given["mirror"] and given["window"] == "-9,9"
+    with pytest.raises(SystemExit):
+        import_module("spss_fast.train").parse(["--window", "-w"])
+    assert "argument --window: expected one argument" in capsys.readouterr().err
+
+
 def test_what_the_user_can_mend_ends_in_one_line(tmp_path):
     result = spss_fast("evaluate", "--run", "nowhere", cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""

@@ -31,6 +31,15 @@ def test_settings_survive_toml_and_checkpoints(dataset, tmp_path):
         assert resolve(dataset, {}, file) == config == from_dict(to_dict(config))
 
 
+def test_a_setting_that_is_none_stays_so_against_its_preset(tmp_path):
+    file, flags = tmp_path / "config.toml", {"resample": "none", "window": "none"}
+    for dataset in ("kits", "folder"):
+        config = resolve(dataset, flags)
+        assert config.data.resample is config.data.window is None
+        file.write_text(to_toml(config))
+        assert resolve(dataset, {}, file) == config
+
+
 def test_every_class_has_a_label_value():
     assert resolve("la").data.class_values == resolve("la", {"foreground": "2,3"}).data.class_values == (0, 1)
     several = resolve("la", {"classes": "5,2,9"}).data
@@ -84,10 +93,38 @@ def test_the_laptop_variant_shrinks_a_settings_file_of_full_resolution_and_no_ot
     ({"classes": "kidney,liver"}, "setting classes = 'kidney,liver'"),
     ({"n_labeled": 1}, "at least batch_labeled"),
     ({"downsample": 0}, "must be 1 or more"),
+    ({"resample": "0,96,96"}, "sides must be at least 1"),
+    ({"foreground": "0,1"}, "foreground .* between 1 and 255"),
+    ({"patch": [112.7, 112, 80]}, "needs a whole number"),
+    ({"classes": [1.5, 2]}, "needs a whole number"),
+    ({"iterations": float("inf")}, "needs a whole number"),
+    ({"iterations": True}, "needs a number"),
+    ({"lr": "nan"}, "lr = nan must not be negative"),
+    ({"dropout": 1.5}, "dropout = 1.5 must be at most 1"),
+    ({"window": "nan,240"}, "lower bound"),
+    ({"temperature": 0}, r"temperature = 0.0 must be at least 0.001"),
 ])
 def test_values_that_do_not_fit_are_named(values, said):
     with pytest.raises(UserError, match=said):
         resolve("la", values)
+
+
+LEAST_ONE = ("log_every", "checkpoint_every", "lr_every", "ramp_every", "ramp_length", "tau_every", "fusion_iterations",
+             "batch_labeled", "passes", "filters", "registration_pairs", "structures", "phantoms")
+
+
+@pytest.mark.parametrize("name", LEAST_ONE)
+def test_no_setting_is_divided_by_zero(name):
+    with pytest.raises(UserError, match=f"setting {name} = 0 must be at least 1"):
+        resolve("la", {name: 0})
+    resolve("la", {name: 1})
+
+
+@pytest.mark.parametrize("name", ["n_test", "max_in_plane", "workers", "preview_every", "far_distance"])
+def test_zero_may_have_a_meaning_but_less_has_none(name):
+    resolve("la", {name: 0})
+    with pytest.raises(UserError, match=f"setting {name} = -3 must not be negative"):
+        resolve("la", {name: -3})
 
 
 @pytest.mark.parametrize("text, said", [
@@ -100,3 +137,8 @@ def test_bad_settings_files_are_named(text, said, tmp_path):
     file.write_text(text)
     with pytest.raises(UserError, match=rf"{said}(.|\n)*mine.toml|mine.toml(.|\n)*{said}"):
         resolve("la", {}, file)
+
+
+@pytest.mark.parametrize("labeled, batch, batches", [(16, 2, 8), (5, 2, 2), (3, 3, 1)])
+def test_an_epoch_passes_over_the_annotated_volumes_once(labeled, batch, batches):
+    assert resolve("la", {"n_labeled": labeled, "batch_labeled": batch}).batches_per_epoch == batches

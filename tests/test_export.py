@@ -24,7 +24,7 @@ from spss_fast.engine.step import State
 from spss_fast.errors import UserError
 from spss_fast.evaluate import load_student
 from spss_fast.nets.vnet import VNet
-from tests.data.writing import write_la
+from tests.data.writing import to_source, write_la
 from tests.test_docs import blocks
 
 QUIET = Console(quiet=True)
@@ -147,7 +147,7 @@ def _expected(run: Path, scan: Path) -> sitk.Image:
     patch = config.data.patch
     stride = export.window_stride(patch)
     probability = sliding_window(_student(run), torch.from_numpy(case.image), patch, stride)
-    return case.to_source(probability.argmax(0).to(torch.uint8).numpy())
+    return to_source(case, probability.argmax(0).to(torch.uint8).numpy())
 
 
 def _assert_same(actual: sitk.Image, expected: sitk.Image) -> None:

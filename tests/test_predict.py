@@ -171,7 +171,16 @@ def test_predictions_do_not_go_among_the_cases(run, tmp_path):
     write_image(tmp_path / "scans" / "a" / "imaging.nii.gz", ball()[0])
     with pytest.raises(UserError, match="holds the scans, and predictions there would be taken for scans"):
         _predict(tmp_path / "scans", tmp_path / "scans", run)
+    with pytest.raises(UserError, match=r"segs is or lies below .*scans, which holds the scans"):
+        _predict(tmp_path / "scans", tmp_path / "scans" / "segs", run)
     assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a"]
+
+
+def test_a_label_map_beside_a_scan_is_neither_needed_nor_read(run, tmp_path):
+    write_image(tmp_path / "scans" / "a.nii.gz", ball()[0])
+    (tmp_path / "scans" / "a_seg.nii.gz").write_bytes(b"spoiled")
+    summary = _predict(tmp_path / "scans", tmp_path / "out", run)
+    assert list(summary.written.values()) == [tmp_path / "out" / "a.nii.gz"] and not summary.bad
 
 
 def test_empty_label_maps_are_named(tmp_path, capsys):

@@ -10,6 +10,7 @@ from spss_fast import prepare, train
 from spss_fast.config import resolve
 from spss_fast.data.fingerprint import known_modality
 from spss_fast.data.images import read_grid
+from spss_fast.data.splits import make_split
 from spss_fast.errors import UserError
 from tests.data.test_annotations import annotate
 from tests.data.writing import ball, write_image, write_series
@@ -73,6 +74,53 @@ def test_a_real_ct(scans, tmp_path):
     assert not result.unusable and [case.has_label for case in result.cases] == [True, False]
 
 
+def test_a_label_of_one_slice_is_counted_as_an_annotation(tmp_path):
+    for i in range(10):
+        image, label = ball((32, 32, 32), i)
+        if i:
+            label[:, :, :15] = label[:, :, 16:] = 0
+        write_image(tmp_path / "scans" / f"{i}.nii.gz", image)
+        write_image(tmp_path / "scans" / f"{i}_seg.nii.gz", label)
+    result = run(tmp_path, tmp_path / "scans")
+    assert (result.config.data.n_test, result.config.data.n_labeled) == (0, 8)
+    assert "9 labels show one slice or none: 1, 2, 3, 4, ...;" in " ".join(result.settings.read_text().split("\n# "))
+
+
+@pytest.mark.parametrize("labelled, n_test", [(8, 0), (30, 6)])
+def test_a_csv_sets_how_many_are_annotated(tmp_path, capsys, labelled, n_test):
+    """What is proposed can be trained: no more annotated volumes than named, no test without a label."""
+    for i in range(30):
+        image, label = ball((24, 24, 16), i)
+        write_image(tmp_path / "scans" / f"s{i:02d}.nii.gz", image)
+        if i < labelled:
+            write_image(tmp_path / "scans" / f"s{i:02d}_seg.nii.gz", label)
+    rows = [f"s{i:02d},8\n" for i in range(8)]
+    (tmp_path / "slices.csv").write_text("case,slice\n" + "".join(rows))
+    result = run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "slices.csv"))
+    assert (result.config.data.n_labeled, result.config.data.n_test) == (8, n_test) and not result.unusable
+    split = make_split(result.cases, tmp_path / "scans", result.config)
+    assert set(split.train[:8]) == {f"s{i:02d}" for i in range(8)} and split.held_out == (n_test > 0)
+
+
+def test_a_csv_that_does_not_fit_is_named(tmp_path):
+    for name in "abcd":
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", ball((24, 24, 16))[0])
+    for name in "ab":
+        write_image(tmp_path / "scans" / f"{name}_seg.nii.gz", ball((24, 24, 16))[1])
+    (tmp_path / "slices.csv").write_text("case,slice\na,8\nb,8\nc,8\nz,8\n")
+    result = run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "slices.csv"))
+    assert result.config.data.n_labeled == 2 and len(result.unusable) == 2
+    assert "names slice 8 of c, but" in result.unusable[0] and "has no label" in result.unusable[0]
+    assert "slices.csv names z, which is no scan of the data folder" in result.unusable[1]
+    (tmp_path / "mine.toml").unlink()
+    (tmp_path / "slices.csv").write_text("case,slice\na,8\n")
+    with pytest.raises(UserError, match=r"annotates 1 scan, and training needs 2: annotate 1 more"):
+        run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "slices.csv"))
+    with pytest.raises(UserError, match=r"TODOO: No such file or directory"):
+        run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "TODOO"))
+    assert not (tmp_path / "mine.toml").exists()
+
+
 def test_real_la_gets_the_published_patch(scans, tmp_path):
     """The three narrowest of the 80 set it."""
     folders = [path for path in scans("la_raw").iterdir() if path.is_dir()]
@@ -116,6 +164,22 @@ def test_uneven_spacings_are_resampled_to_one_grid(tmp_path):
     result = run(tmp_path, tmp_path / "s")
     assert result.config.data.resample and all(side % 16 == 0 for side in result.config.data.resample)
     assert {case.image.shape for case in result.cases} == {result.config.data.resample}
+
+
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_a_ct_that_is_stored_as_float(tmp_path, smoothed):
+    """Whole values show it whatever their type; where resampling made fractions of them a remark says what to do."""
+    image = np.full((40, 40, 24), -1000.0, np.float32)
+    image[6:34, 6:34] = np.random.default_rng(0).integers(-100, 300, (28, 28, 24))
+    image[0, 0, 0] = -1024 + 0.5 * smoothed
+    if smoothed:
+        image[6:34, 6:34] += 0.25
+    write_image(tmp_path / "scans" / "a.nii.gz", image)
+    result = run(tmp_path, tmp_path / "scans")
+    text = " ".join(result.settings.read_text().split("\n# "))
+    assert (result.config.data.window, result.config.data.body_crop) == (
+        (None, False) if smoothed else ((-160.0, 240.0), True))
+    assert ("look like CT in HU" in text and "--window -160,240" in text) == smoothed
 
 
 @pytest.mark.parametrize("text, expected", [("CT", "CT"), ("MRI", "MR"), ("FLAIR", "MR"), ("PT", "other"), ("", "")])

@@ -281,6 +281,19 @@ def test_test_cases_are_not_suggested(tmp_path):
     assert {item.case for item in run(tmp_path / "la", tmp_path / "todo", 2)} == {"a", "e"}
     with pytest.raises(UserError, match=r"--budget 3 needs 1 scans more .* has 0, 3 more are in test\.list"):
         run(tmp_path / "la", tmp_path / "todo", 3)
+    (tmp_path / "la" / "test.list").unlink()
+    (tmp_path / "la" / "train.list").write_text("d\nb\n")
+    assert {item.case for item in run(tmp_path / "la", tmp_path / "more", 2)} == {"b", "d"}
+    with pytest.raises(UserError, match=r"has 0, 3 more are in test\.list or not in train\.list"):
+        run(tmp_path / "la", tmp_path / "more", 3)
+
+
+def test_copies_do_not_go_among_the_scans(tmp_path):
+    write_image(tmp_path / "scans" / "a.nii.gz", ball()[0])
+    for out in (tmp_path / "scans", tmp_path / "scans" / "todo"):
+        with pytest.raises(UserError, match="which holds the scans, and copies of them there would be taken for scans"):
+            run(tmp_path / "scans", out, 1)
+    assert [path.name for path in (tmp_path / "scans").iterdir()] == ["a.nii.gz"]
 
 
 def test_what_is_in_the_way_is_named(tmp_path):
@@ -292,7 +305,7 @@ def test_what_is_in_the_way_is_named(tmp_path):
         run(tmp_path / "la", out, 2)
     assert (out / "a" / "notes.txt").read_text() == "mine" and not list(out.glob(".*"))
     (out / "slices.csv").write_text("name,position\na,3\n")
-    with pytest.raises(UserError, match=r"slices\.csv is not a table of case,axis,slice"):
+    with pytest.raises(UserError, match=r"slices\.csv must begin with the line case,axis,slice"):
         run(tmp_path / "la", out, 2)
 
 

@@ -22,6 +22,7 @@ from spss_fast.data.phantom import write_phantoms
 from spss_fast.engine import checkpoint
 from spss_fast.engine.interrupts import uninterrupted
 from spss_fast.engine.profiling import PHASES
+from spss_fast.engine.run_folder import RunFolder
 from spss_fast.errors import UserError
 from tests.data.writing import write_h5
 
@@ -191,6 +192,21 @@ def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
     (tmp_path / "other" / "case_00001" / "segmentation.nii.gz").unlink()
     with pytest.raises(UserError, match="full label"):
         evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+
+
+def test_nothing_is_measured_on_a_label_of_one_slice_and_previews_can_be_left_out(settings, phantoms, tmp_path):
+    _train(settings | {"registration_epochs": 0, "iterations": 1, "preview_every": 0}, tmp_path / "run")
+    assert not list((tmp_path / "run" / "previews").iterdir())
+    for name in ("case_00001", "case_00002"):
+        shutil.copytree(phantoms / name, tmp_path / "other" / name)
+    path = tmp_path / "other" / "case_00001" / "segmentation.nii.gz"
+    image = sitk.ReadImage(str(path))
+    label = sitk.GetArrayFromImage(image)  # slices last
+    alone = sitk.GetImageFromArray(label * (np.arange(label.shape[2]) == (label > 0).sum((0, 1)).argmax()))
+    alone.CopyInformation(image)
+    sitk.WriteImage(alone, str(path))
+    rows, _ = evaluate.evaluate(tmp_path / "run", tmp_path / "other")
+    assert list(rows) == ["case_00002"]
 
 
 def test_a_training_that_diverges_stops_and_says_so(settings, tmp_path):
@@ -413,6 +429,10 @@ def test_evaluate_names_what_is_missing(tmp_path):
         evaluate.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="three voxel counts"):
         evaluate.main(["--run", str(tmp_path), "--stride", "4,4"])
+    with pytest.raises(UserError, match=r"x\.json is the name of the summary .* name the table, .*x\.csv"):
+        evaluate.main(["--run", str(tmp_path), "--out", str(tmp_path / "x.json")])
+    with pytest.raises(UserError, match=r"cannot read .*cases\.json .*: copy a run folder whole"):
+        RunFolder(tmp_path).cases()
 
 
 def test_the_same_seed_gives_the_same_bits(settings, tmp_path):

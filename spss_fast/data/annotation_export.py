@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from spss_fast.data.annotations import SLICES, read_slices
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.geometry import Grid, to_image
 from spss_fast.data.layouts import Scan, read_case
@@ -34,7 +35,6 @@ from spss_fast.data.viewers import itksnap_workspace, slicer_scene, slicer_view
 from spss_fast.errors import UserError
 from spss_fast.files import atomically
 
-TABLE = "slices.csv"
 IMAGE, ANNOTATION = "image.nii.gz", "annotation.nii.gz"
 COLUMNS = ["case", "axis", "slice"]
 
@@ -53,16 +53,10 @@ def read_table(folder: Path) -> list[Suggestion]:
 
     Raises ``UserError`` for a file that is not such a table.
     """
-    path = folder / TABLE
+    path = folder / SLICES
     if not path.exists():
         return []
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return [Suggestion(row["case"], int(row["axis"]), int(row["slice"])) for row in csv.DictReader(file)]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable") from error
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} is not a table of case,axis,slice: mend it, or choose another --out") from error
+    return [Suggestion(name, found.axis, found.index) for name, found in read_slices(path, COLUMNS).items()]
 
 
 def write_table(folder: Path, suggestions: list[Suggestion]) -> None:
@@ -73,7 +67,7 @@ def write_table(folder: Path, suggestions: list[Suggestion]) -> None:
             rows = ([item.case, item.axis, item.slice] for item in suggestions)
             csv.writer(file).writerows([COLUMNS, *rows])
 
-    atomically(folder / TABLE, write)
+    atomically(folder / SLICES, write)
 
 
 def write_readme(folder: Path, suggestions: list[Suggestion]) -> None:
@@ -194,7 +188,7 @@ def in_file_axes(scan: Scan) -> np.ndarray:
     return np.flip(scan.image.transpose(order), backwards)
 
 
-# where the fields of a NIfTI-1 header lie, and as what; ITK reads no NIfTI-2, so no scan can have such a header
+# where the fields of a NIfTI-1 header lie, and as what; NIfTI-2 is not read, so no scan has such a header
 _DIM = 40, "8h"
 _EMPTY = (70, "h", [2]), (72, "h", [8]), (108, "f", [352]), (112, "2f", [1, 0]), (124, "2f", [0, 0])
 

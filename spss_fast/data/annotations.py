@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +57,11 @@ def read_annotations(settings: DataSettings) -> dict[str, Annotation]:
         return {}
     path = Path(settings.annotations).expanduser()
     if not path.is_dir():
-        return _read_csv(path)
+        given = read_slices(path)
+        if not given:
+            raise UserError(f"{path} names no slice: add a line case,slice per annotated case, or leave annotations "
+                            "unset")
+        return given
     states = folder_states(path, settings)
     refuse_all_empty(states, path)
     return usable(states)
@@ -132,7 +137,7 @@ def folder_states(
     there is one, names the slices that were suggested. Raises ``UserError`` where the folder holds no annotation at
     all.
     """
-    suggested = _read_csv(folder / SLICES) if (folder / SLICES).exists() else {}
+    suggested = read_slices(folder / SLICES) if (folder / SLICES).exists() else {}
     names = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")}
     if not names:
         raise UserError(f"{folder} holds no annotations: CASE/{ANNOTATION}.nii.gz is looked for")
@@ -211,13 +216,15 @@ def _find_slice(
     return Annotation(int(slices[single[0]][0]), single[0], path, Grid.of(image), values)
 
 
-def _read_csv(path: Path) -> dict[str, Annotation]:
+def read_slices(path: Path, columns: Sequence[str] = ("case", "slice")) -> dict[str, Annotation]:
+    """The slices that a CSV file of at least ``columns`` names, by case and in its order, with their axis where it has
+    such a column. Raises ``UserError`` for a file that is no such table."""
     slices: dict[str, Annotation] = {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, skipinitialspace=True)
-            if not {"case", "slice"} <= set(rows.fieldnames or ()):
-                raise UserError(f"{path} must begin with the line case,slice")
+            if not set(columns) <= set(rows.fieldnames or ()):
+                raise UserError(f"{path} must begin with the line {','.join(columns)}")
             for row in rows:
                 name = (row["case"] or "").strip()
                 if name in slices:
@@ -234,6 +241,4 @@ def _read_csv(path: Path) -> dict[str, Annotation]:
         raise UserError(f"cannot read the annotation file {path}: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a CSV file of case,slice: {error}") from error
-    if not slices:
-        raise UserError(f"{path} names no slice: add a line case,slice per annotated case, or leave annotations unset")
     return slices

@@ -15,14 +15,14 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
 from spss_fast.config import DataSettings
 from spss_fast.data.annotations import Annotation
-from spss_fast.data.geometry import Grid, resample, to_image
+from spss_fast.data.geometry import Grid, resample
 from spss_fast.data.images import files_of
 from spss_fast.data.layouts import Case, read_case, read_label
 from spss_fast.data.parallel import parallel
@@ -46,29 +46,24 @@ class PreparedCase:
 
     @property
     def has_label(self) -> bool:
+        """Whether there is a label, if only of one slice."""
         return (self.folder / "label.npy").exists()
 
     def label(self) -> np.ndarray | None:
-        """The full label (H, W, D) uint8 in [0, C), or None; for annotated slices, monitoring and evaluation only."""
+        """The label (H, W, D) uint8 in [0, C), or None; what shows one slice may be no more than its annotation."""
         return np.load(self.folder / "label.npy", mmap_mode="c") if self.has_label else None
 
-    def full_label(self, annotated: int) -> np.ndarray | None:
-        """:meth:`label`, or None where it shows nothing beside prepared slice ``annotated``."""
+    @cached_property
+    def has_full_label(self) -> bool:
+        """Whether the label shows more than one slice of the file (which may be several prepared ones): what shows only
+        one is an annotation, against which nothing can be measured."""
         label = self.label()
-        return label if label is not None and np.delete(label, annotated, axis=2).any() else None
+        shown = () if label is None else np.flatnonzero(label.any(axis=(0, 1)))
+        return len({self.slice_to_source(int(index)) for index in shown}) > 1
 
-    def to_source(self, array: np.ndarray, linear: bool = False) -> sitk.Image:
-        """An (H, W, D) array on the prepared grid, taken back onto the original file's own grid, 0 beyond the crop.
-
-        ``linear`` suits probabilities, the default (nearest) label maps.
-        """
-        image = to_image(array, self.grid)
-        reference = sitk.Image([int(n) for n in self.source.size], sitk.sitkUInt8)
-        reference.SetSpacing(self.source.spacing)
-        reference.SetOrigin(self.source.origin)
-        reference.SetDirection(self.source.direction)
-        method = sitk.sitkLinear if linear else sitk.sitkNearestNeighbor
-        return sitk.Resample(image, reference, sitk.Transform(), method)
+    def full_label(self) -> np.ndarray | None:
+        """:meth:`label` where it is a full one, else None; for monitoring and evaluation only."""
+        return self.label() if self.has_full_label else None
 
     def slice_axis(self) -> int:
         """The axis of the original file's array along which the slices lie."""

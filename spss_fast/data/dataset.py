@@ -14,7 +14,7 @@ from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.phantom import ORGANS, write_phantoms
 from spss_fast.data.sampling import TrainingVolume, training_volumes, unlabeled_volumes
-from spss_fast.data.splits import Split, make_split
+from spss_fast.data.splits import Split, make_split, taking_part
 from spss_fast.errors import UserError
 
 PHANTOM_FOLDER = "phantoms"  # in the working directory, where --data-dir is not given
@@ -40,7 +40,8 @@ class Dataset:
 
     def summary(self) -> str:
         """One line for a person."""
-        tested, among = sum(case.has_label for case in self.test), "held out" if self.split.held_out else "among those"
+        tested = sum(case.has_full_label for case in self.test)
+        among = "held out" if self.split.held_out else "among those"
         test = f"{tested} test cases {among}" if tested else "none with a label to test on"
         return f"{len(self.labeled)} annotated volumes (one slice each), {len(self.unlabeled)} unlabelled, {test}"
 
@@ -67,7 +68,7 @@ def load(config: Config, console: Console) -> Dataset:
     folder = data_folder(config, console)
     found = find_cases(config.data.dataset, folder)
     check_annotations(found, config.data)  # before hours of preparation
-    prepared = prepare(found, config.data)
+    prepared = prepare(taking_part(found, folder), config.data)
     split = make_split(prepared, folder, config)
     cases = {case.name: case for case in prepared}
     annotated = [cases[name] for name in split.train[: config.data.n_labeled]]

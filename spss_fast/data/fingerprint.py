@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from spss_fast.config import PRESETS, DataSettings, toml_literal
 from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
-from spss_fast.data.preparation import body_box
+from spss_fast.data.preparation import body_box, foreground
 from spss_fast.errors import UserError
 
 PATCH_VOXELS = int(np.prod(PRESETS["kits"]["patch"]))
@@ -49,6 +49,7 @@ class Measured:
     percentiles: tuple[float, float, float]  # 0.5, 50, 99.5
     highest: float
     values: tuple[int, ...]  # label values above 0
+    full: bool  # whether the label shows more than one slice
 
 
 def measure(case: Case, said: str, settings: DataSettings) -> Measured | str:
@@ -62,7 +63,8 @@ def measure(case: Case, said: str, settings: DataSettings) -> Measured | str:
         sample = image[::step, ::step, ::step]
         percentiles = tuple(map(float, np.percentile(sample, (0.5, 50, 99.5))))
         lowest, highest = float(image.min()), float(image.max())
-        modality = said or concluded_modality(lowest, percentiles, image.dtype.kind in "iu")
+        whole = image.dtype.kind in "iu" or bool((sample == np.round(sample)).all())
+        modality = said or concluded_modality(lowest, percentiles, whole)
         body = scan.grid.size
         if modality == "CT":
             with contextlib.suppress(UserError):  # no body: nothing to crop to
@@ -74,8 +76,10 @@ def measure(case: Case, said: str, settings: DataSettings) -> Measured | str:
         return f"{case.image} does not fit into memory: lower workers, or free some"
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(scan.source.direction)
     plane = ("sagittal", "coronal", "axial")[scan.grid.patient_axes()[2]]
+    values, full = ((), False) if scan.label is None else (
+        label_values(scan.label), slices_shown(scan.label, settings) > 1)
     return Measured(case.name, modality, bool(said), code, plane, scan.grid.size, scan.grid.spacing, body, lowest,
-                    percentiles, highest, () if scan.label is None else label_values(scan.label))
+                    percentiles, highest, values, full)
 
 
 def label_values(label: np.ndarray) -> tuple[int, ...]:
@@ -84,6 +88,19 @@ def label_values(label: np.ndarray) -> tuple[int, ...]:
     for slab in np.moveaxis(label, int(np.abs(label.strides).argmax()), 0):  # in memory order
         seen[slab] = True
     return tuple(map(int, np.flatnonzero(seen[1:]) + 1))
+
+
+def slices_shown(label: np.ndarray, settings: DataSettings) -> int:
+    """How many slices of a label map (H, W, D) uint8 hold foreground."""
+    along = int(np.abs(label.strides).argmax())
+    shown = np.zeros(label.shape[2], bool)
+    for place, slab in enumerate(np.moveaxis(label, along, 0)):  # in memory order
+        mask = foreground(slab, settings)
+        if along == 2:
+            shown[place] = mask.any()
+        else:
+            shown |= mask.any(axis=0)
+    return int(shown.sum())
 
 
 def known_modality(text: str) -> str:
@@ -122,11 +139,11 @@ class Proposal:
         self.values[name], self.reasons[name] = value, why
 
 
-def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], annotated: int) -> Proposal:
+def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], named: Collection[str]) -> Proposal:
     """Settings for the scans of a folder.
 
-    ``given`` are settings that the user chose already: they stay, and the others follow from them. ``annotated``
-    counts the cases of an annotation folder, 0 where there is none.
+    ``given`` are settings that the user chose already: they stay, and the others follow from them. ``named`` are the
+    cases that ``annotations`` says are annotated, none where it is not set.
     """
     result = Proposal()
 
@@ -148,13 +165,19 @@ def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], annota
     add("patch", lambda: _patch(sizes, spacing, PATCH_VOXELS // factor**3))
     if not given.get("classes"):
         add("foreground", lambda: _foreground(scans, data_dir))
-    labelled = sum(bool(scan.values) for scan in scans)
-    n_test = add("n_test", lambda: _n_test(len(scans), labelled, annotated, data_dir))
+    annotated, labelled = sum(scan.name in named for scan in scans), sum(bool(scan.values) for scan in scans)
+    full = sum(scan.full for scan in scans if scan.name not in named)
+    n_test = add("n_test", lambda: _n_test(len(scans), full, annotated, data_dir))
     add("n_labeled", lambda: _n_labeled(len(scans), labelled, annotated, n_test))
     for name, value in given.items():
         if name not in result.values:
             result.add(name, value, GIVEN.get(name, "as given"))
     result.remarks = _remarks(scans, modality, labelled, annotated)
+    like_ct = [s.name for s in scans if s.modality == "other" and not s.said and s.lowest < -900 and s.highest > 200]
+    if like_ct and result.values["window"] is None:
+        low, high = WINDOW
+        result.remarks.append(f"{len(like_ct)} scans look like CT in HU, but resampled, as their values are not whole: "
+                              f"{_some(like_ct)}; if so, add --window {low:g},{high:g} (soft tissue) and --body-crop")
     return result
 
 
@@ -226,22 +249,26 @@ def _foreground(scans: list[Measured], data_dir: Path) -> tuple[Any, str]:
     return (), f"every label value above 0, merged; found: {found}"
 
 
-def _n_test(count: int, labelled: int, annotated: int, data_dir: Path) -> tuple[Any, str]:
+def _n_test(count: int, full: int, annotated: int, data_dir: Path) -> tuple[Any, str]:
     if (data_dir / "train.list").exists() or (data_dir / "test.list").exists():
         return 20, "not used: train.list or test.list in the data folder make the split"
-    number = min(20, count // 5, max(0, labelled - (0 if annotated else 2)))
-    return number, f"a fifth of the {count} scans, at most 20, of the {labelled} that have labels; 0 tests on the " \
-                   "unlabelled training scans"
+    number = min(20, count // 5, max(0, full - (0 if annotated else 2)))
+    return number, f"a fifth of the {count} scans, at most 20, of the {full} with full labels that annotations does " \
+                   "not name; 0 tests on the unlabelled training scans"
 
 
 def _n_labeled(count: int, labelled: int, annotated: int, n_test: int) -> tuple[Any, str]:
     if annotated:
-        return annotated, "the annotated cases of the annotation folder"
+        return annotated, "the cases that annotations names"
     available = labelled - n_test if labelled else count
     number = max(2, min(16, available, count - n_test - 2))
     if not labelled:
         return number, "no labels yet: annotate one slice in this many scans, at most 16, and name them by annotations"
     return number, "16 as published, or what there is; one slice of each is used, drawn at random without annotations"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
 
 
 def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int) -> list[str]:
@@ -254,13 +281,16 @@ def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int
         usual = values.most_common(1)[0][0]
         others = [f"{scan.name} ({getattr(scan, attribute)})" for scan in scans if getattr(scan, attribute) != usual]
         if others:
-            more = ", ..." * (len(others) > 4)
-            remarks.append(f"the {what} of {len(others)} scans is not {usual}: {', '.join(others[:4])}{more}; {mend}")
+            remarks.append(f"the {what} of {len(others)} scans is not {usual}: {_some(others)}; {mend}")
     if not all(scan.said for scan in scans):
         remarks.append(f"modality {modality} was concluded from the intensities; no file says it")
     few = [scan.name for scan in scans if scan.size[2] < 16]
     if few:
-        remarks.append(f"{len(few)} scans have fewer than 16 slices: {', '.join(few[:4])}; patches are padded there")
+        remarks.append(f"{len(few)} scans have fewer than 16 slices: {_some(few)}; patches are padded there")
+    thin = [scan.name for scan in scans if scan.values and not scan.full]
+    if thin:
+        remarks.append(f"{len(thin)} labels show one slice or none: {_some(thin)}; such a label can be a scan's "
+                       "annotation, but nothing is tested on it")
     if not labelled and not annotated:
         remarks.append("no scan has a label: annotate one slice in each of n_labeled scans, then set annotations")
     return remarks
@@ -287,7 +317,8 @@ def describe(scans: list[Measured]) -> list[str]:
         f"{span([scan.percentiles[1] for scan in scans], '.5g')}, 99.5% "
         f"{span([scan.percentiles[2] for scan in scans], '.5g')}, highest "
         f"{span([scan.highest for scan in scans], '.5g')}",
-        f"labels: {sum(bool(scan.values) for scan in scans)} of {len(scans)} scans",
+        f"labels: {sum(bool(scan.values) for scan in scans)} of {len(scans)} scans, "
+        f"{sum(scan.full for scan in scans)} of more than one slice",
     ]
 
 

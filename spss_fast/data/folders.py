@@ -20,8 +20,8 @@ from spss_fast.errors import UserError
 
 DEPTH = 4  # folders below the data folder in which plain scans are looked for: patient/study/series, and one more
 WORDS = {
-    "label": "labels?|segmentations?|seg|masks?|gt",
-    "image": "images?|imgs?|imaging|scans?|volumes?|ct|mri?",
+    "label": "labels?|segmentations?|seg|masks?|gt|laendo",
+    "image": "images?|imgs?|imaging|scans?|volumes?|ct|mri?|lgemri",
 }
 # what `suggest` exports beside an image: one annotated slice is no label map
 ANNOTATION = "annotation"
@@ -64,7 +64,7 @@ def find_nnunet(data_dir: Path) -> list[Found]:
     if not images or not all(numbered.values()) or set(images) & set(labels):
         return []
     channels = sorted({match[2] for match in numbered.values()})
-    _one_channel(data_dir, max(len(channels), len(channel_names(data_dir))))
+    _one_channel(data_dir, max(len(channels), len(channel_names(data_dir))), "copy the images of one channel")
     cases = {match[1]: images[name] for name, match in numbered.items()}
     return _paired(cases, labels, data_dir / "imagesTr")
 
@@ -73,15 +73,15 @@ def find_decathlon(data_dir: Path) -> list[Found]:
     """``imagesTr/CASE.nii.gz`` and ``labelsTr/CASE.nii.gz``."""
     images = _files(data_dir / "imagesTr")
     if images:
-        _one_channel(data_dir, len(channel_names(data_dir)))
+        _one_channel(data_dir, len(channel_names(data_dir)), "split the 4-D files, keep the 3-D ones of one channel")
     return _paired(images, _files(data_dir / "labelsTr"), data_dir / "imagesTr")
 
 
-def _one_channel(data_dir: Path, count: int) -> None:
+def _one_channel(data_dir: Path, count: int, mend: str) -> None:
     if count > 1:
         names = ", ".join(channel_names(data_dir)) or "numbered _0000, _0001, ..."
-        raise UserError(f"{data_dir / 'imagesTr'} has {count} channels per case ({names}), and one is taken: copy the "
-                        "images of one channel into a folder of their own")
+        raise UserError(f"{data_dir / 'imagesTr'} has {count} channels per case ({names}), and one is taken: {mend}, "
+                        "and put them, with labelsTr, into a folder without this dataset.json")
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -133,6 +133,11 @@ def find_plain(data_dir: Path) -> list[Found]:
     for case, path in found["label"].items():
         labels[case if case in images else numbers.get(_number(case), case)] = path
     return _paired(images, labels, data_dir)
+
+
+def find_images(data_dir: Path) -> list[tuple[str, Path]]:
+    """Case name and image of all that :func:`find_plain` takes for an image, whatever labels lie beside them."""
+    return [(item.case, item.path) for item in _items(data_dir) if item.role == "image"]
 
 
 def _items(data_dir: Path) -> Iterator[_Item]:

@@ -5,11 +5,13 @@ Whatever cannot be used ends in a ``UserError`` that names the file and the mend
 
 from __future__ import annotations
 
+import glob
 import gzip
 import os
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import SimpleITK as sitk
@@ -18,21 +20,26 @@ from spss_fast.data.dicom import read_series, series_grid
 from spss_fast.data.geometry import Grid
 from spss_fast.errors import UserError, reason
 
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+
+
+def ending(path: Path) -> str:
+    """The ending of an image's name that says its format, in lower case; empty where it is none of ``ENDINGS``."""
+    return next((end for end in ENDINGS if path.name.lower().endswith(end)), "")
 
 
 def stem(path: Path) -> str:
     """The file's name without its ending, ``.nii.gz`` being one; empty where it ends in none of ``ENDINGS``."""
-    ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
-    return path.name[: -len(ending)] if ending else ""
+    return path.name[: -len(ending(path))] if ending(path) else ""
 
 
 def files_of(path: Path) -> list[Path]:
-    """All files that make up the image at ``path``: those of a DICOM folder, a ``.mhd`` header with its data."""
+    """All files that make up the image at ``path``: those of a DICOM folder, a ``.mhd`` or ``.nhdr`` header with its
+    data."""
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-    if path.suffix.lower() == ".mhd":
-        return sorted({path, *path.parent.glob(path.stem + ".*raw")})
+    if ending(path) in (".mhd", ".nhdr"):
+        return sorted({path, *path.parent.glob(glob.escape(path.stem) + ".*raw*")})  # .raw, .zraw, .raw.gz
     return [path]
 
 
@@ -66,6 +73,8 @@ def _header(path: Path) -> sitk.ImageFileReader:
     except RuntimeError as error:
         if "spacing" in str(error).lower():
             raise UserError(f"{path} has a voxel spacing of zero: correct its header") from error
+        if _is_nifti2(path):  # ITK 5.4 knows NIfTI-1 only
+            raise UserError(f"{path} is NIfTI-2, which is not read: save it as NIfTI-1, or as NRRD") from error
         raise UserError(f"{path} cannot be read as a medical image: {reason(error)}; fetch the file again") from error
     if reader.GetDimension() != 3:
         raise UserError(f"{path} has {reader.GetDimension()} dimensions instead of 3: store one volume per file")
@@ -82,14 +91,33 @@ def _nifti_spacing(path: Path) -> tuple[float, ...]:
     """The spacing as a NIfTI header has it, where ITK makes 1 mm of 0; empty for other files."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return ()
-    with gzip.open(path) if path.suffix.lower() == ".gz" else open(path, "rb") as file:
-        header = file.read(168)
-    # a header begins with its own size, in the file's byte order: 348 of NIfTI-1, 540 of NIfTI-2
-    for order in "<>":
-        form = {348: ("3f", 80), 540: ("3d", 112)}.get(struct.unpack_from(order + "i", header)[0])
-        if form is not None:
-            return struct.unpack_from(order + form[0], header, form[1])
-    return ()
+    header = _nifti_start(path, 92)
+    return struct.unpack_from(_byte_order(header) + "3f", header, 80)
+
+
+def _nifti_start(path: Path, length: int) -> bytes:
+    with _opened(path) as file:
+        return file.read(length)
+
+
+def _opened(path: Path) -> BinaryIO:
+    return gzip.open(path) if _is_packed(path) else open(path, "rb")
+
+
+def _is_packed(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
+
+
+def _byte_order(header: bytes) -> str:
+    """Of a NIfTI-1 header, which begins with its own size, 348."""
+    return "<" if header[:1] == b"\x5c" else ">"
+
+
+def _is_nifti2(path: Path) -> bool:
+    try:
+        return ending(path) in (".nii", ".nii.gz") and _nifti_start(path, 8)[4:] in (b"n+2\0", b"ni2\0")
+    except (EOFError, OSError, zlib.error):
+        return False
 
 
 def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
@@ -101,7 +129,7 @@ def _check_nifti(path: Path, reader: sitk.ImageFileReader) -> None:
     needed = offset + voxels * int(reader.GetMetaData("bitpix")) // 8
     kind = {"16": "f4", "64": "f8"}.get(reader.GetMetaData("datatype"))
     length, bad = -1, 0
-    if kind is None and path.suffix != ".gz":
+    if kind is None and not _is_packed(path):
         length = path.stat().st_size
     elif kind is None:
         with open(path, "rb") as file:
@@ -119,11 +147,9 @@ def _scan_nifti(path: Path, offset: int, needed: int, kind: str | None) -> tuple
     """Reads the bytes themselves: how many there are up to ``needed``, how many values of ``kind`` are not finite."""
     length = bad = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with _opened(path) as file:
             header = file.read(offset)
-            # the header begins with its own size, 348 or 540, in the file's byte order
-            order = "<" if header[:1] in (b"\x5c", b"\x1c") else ">"
-            length = len(header)
+            order, length = _byte_order(header), len(header)
             while length < needed and (block := file.read(min(1 << 24, needed - length))):
                 length += len(block)
                 if kind is not None:

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from spss_fast.data.images import stem
-from spss_fast.data.layouts import RAW, Case, find_cases
-from spss_fast.data.output import SUFFIXES, suffix_of
+from spss_fast.data.folders import find_images
+from spss_fast.data.images import ENDINGS, ending, stem
+from spss_fast.data.layouts import LAYOUTS, RAW, Case, cases_of, find_cases
+from spss_fast.data.output import OUTPUTS
 from spss_fast.errors import UserError
 
-ENDINGS = ", ".join(SUFFIXES)
+READ = ", ".join(ENDINGS)
 # names of files that say what they are, not of whom: the folder's name does
 GENERAL = {"image", *(stem(Path(image)) for image, _ in RAW.values())}
+DATA_SETS = tuple(layout for layout in LAYOUTS["folder"] if layout != "plain")
 
 
 def find_inputs(paths: Sequence[Path]) -> list[Case]:
     """The scans of ``paths``, none with a label, in the order given and by name within a folder.
 
-    A file is a scan, named after its folder where it is called ``image``, ``imaging`` or ``lgemri``. A folder holds
-    scans as files, one of the data sets' layouts (:mod:`spss_fast.data.layouts`), or is one case of a raw layout.
-    Raises ``UserError`` for a path that is missing or holds no scan.
+    A file is a scan, named after its folder where it is called ``image``, ``imaging`` or ``lgemri``. A folder is one
+    case of a raw layout, holds one of the data sets' layouts (:mod:`spss_fast.data.layouts`) beside which files may
+    lie, or files and DICOM series; which of these are label maps their names say, as in training. Raises ``UserError``
+    for a path that is missing or holds no scan.
     """
     return [case for path in paths for case in (_of_folder(path) if path.is_dir() else [_of_file(path)])]
 
@@ -28,33 +31,41 @@ def find_inputs(paths: Sequence[Path]) -> list[Case]:
 def _of_file(path: Path) -> Case:
     if not path.exists():
         raise UserError(f"{path} does not exist: give files or folders of scans, then the folder for the predictions")
-    suffix = suffix_of(path)
-    if not suffix:
-        raise UserError(f"{path} is no scan by its name: {ENDINGS} are read, or the folder of an HDF5 layout")
-    name = path.name[: -len(suffix)]
-    return Case(path.resolve().parent.name if name in GENERAL else name, path, None, "image")
+    if not ending(path):
+        raise UserError(f"{path} is no scan by its name: {READ} are read, or the folder of an HDF5 layout")
+    return Case(_named(stem(path), path.parent), path, None, "image")
+
+
+def _named(name: str, folder: Path) -> str:
+    return folder.resolve().name if name in GENERAL else name
 
 
 def _of_folder(folder: Path) -> list[Case]:
     for layout, (image, _) in RAW.items():
         if (folder / image).exists():  # not its label map beside it
             return [Case(folder.resolve().name, folder / image, None, layout)]
-    files = sorted(path for path in folder.iterdir() if suffix_of(path) and path.name[0] != "." and path.is_file())
-    if files:
-        return [_of_file(path) for path in files]
     if not any(folder.iterdir()):
-        raise UserError(f"the folder {folder} is empty: put scans ({ENDINGS}) into it, or give another")
-    try:
-        cases = find_cases("folder", folder)
-    except UserError as error:
-        raise UserError(f"no {ENDINGS} in {folder}, nor a data set: {error}") from error
-    return [Case(case.name, case.image, None, case.layout) for case in cases]
+        raise UserError(f"the folder {folder} is empty: put scans ({READ}) into it, or give another")
+    cases: list[Case] = next(filter(None, (cases_of(layout, folder) for layout in DATA_SETS)), [])
+    images = find_images(folder)
+    if cases:  # what lies deeper belongs to the data set
+        images = [(name, path) for name, path in images if path.parent == folder]
+    if all(name.endswith("_0000") for name, _ in images):  # nnU-Net's number of the one channel, which its labels lack
+        images = [(name.removesuffix("_0000"), path) for name, path in images]
+    cases = [Case(case.name, case.image, None, case.layout) for case in cases]
+    cases += [Case(_named(name, folder), path, None, "plain") for name, path in images]
+    if not cases:
+        try:
+            find_cases("folder", folder)  # says where to look instead
+        except UserError as error:
+            raise UserError(f"no {READ} in {folder}, nor a data set: {error}") from error
+    return sorted(cases, key=lambda case: case.name)
 
 
 def output_paths(case: Case, out: Path, classes: int, probabilities: bool, entropy: bool) -> dict[str, Path]:
     """Where the outputs of ``case`` go: ``label``, then, as asked for, ``1`` ... ``classes - 1`` (the probability of
     each foreground class) and ``entropy``; in the format of the input, or NIfTI where that is HDF5."""
-    suffix = SUFFIXES.get(suffix_of(case.image), ".nii.gz")
+    suffix = OUTPUTS.get(ending(case.image), ".nii.gz")
     names = {"label": ""}
     if probabilities:
         names |= {str(c): f"_probability{c if classes > 2 else ''}" for c in range(1, classes)}

@@ -80,7 +80,9 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
     if not data_dir.is_dir():
         raise UserError(f"the data folder {data_dir} does not exist: {sources(dataset)}")
     for layout in LAYOUTS[dataset]:
-        cases = _cases_of(layout, data_dir)
+        cases = cases_of(layout, data_dir)
+        if cases or dataset != "folder":  # there a label of that name may be that of a plain scan
+            _refuse_labels_alone(layout, data_dir)
         if cases:
             return sorted(cases, key=lambda case: case.name)
     wanted = " or ".join(_pattern(layout) for layout in LAYOUTS[dataset])
@@ -98,23 +100,29 @@ def _pattern(layout: str) -> str:
     return H5[layout] if layout in H5 else f"*/{RAW[layout][0]}"
 
 
-def _cases_of(layout: str, data_dir: Path) -> list[Case]:
+def cases_of(layout: str, data_dir: Path) -> list[Case]:
+    """The cases of a folder in ``layout``, in any order; none where it is another one."""
     if layout in FOLDERS:
         return [Case(*found, layout) for found in FOLDERS[layout].find(data_dir)]
     if layout in H5:
         paths = data_dir.glob(H5[layout])
         return [Case(p.stem if layout == "h5" else p.parent.name, p, p, layout) for p in paths]
     image_name, label_name = RAW[layout]
-    cases = [
+    return [
         Case(path.parent.name, path, label if (label := path.with_name(label_name)).exists() else None, layout)
         for path in data_dir.glob(f"*/{image_name}")
     ]
+
+
+def _refuse_labels_alone(layout: str, data_dir: Path) -> None:
+    if layout not in RAW:
+        return
+    image_name, label_name = RAW[layout]
     alone = sorted(path for path in data_dir.glob(f"*/{label_name}") if not path.with_name(image_name).exists())
     if alone:
         others = f" (and {len(alone) - 1} more)" if len(alone) > 1 else ""
         fetch = "; the kits19 repository brings only labels, its own script fetches the scans" * (layout == "kits_raw")
         raise UserError(f"{alone[0].parent}{others} holds {label_name} but no {image_name}: add the scan{fetch}")
-    return cases
 
 
 def read_case(case: Case, plane: str = "auto") -> Scan:

@@ -10,9 +10,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from spss_fast.data.geometry import Grid, to_image
+from spss_fast.data.images import ENDINGS, ending
 
 # the input's ending, and the one that its outputs get: one file each, and header fields that hold the same digits
-SUFFIXES = {".nii.gz": ".nii.gz", ".nii": ".nii", ".nrrd": ".nrrd", ".nhdr": ".nrrd", ".mha": ".mha", ".mhd": ".mha"}
+OUTPUTS = {end: end for end in ENDINGS} | {".nhdr": ".nrrd", ".mhd": ".mha"}
 # where a NIfTI-1 header keeps geometry: float32, of which ITK makes orthonormal axes in double precision
 NIFTI = np.dtype({
     "names": ["pixdim", "units", "codes", "quaternion", "rows"],
@@ -20,11 +21,6 @@ NIFTI = np.dtype({
     "offsets": [76, 123, 252, 256, 280],
     "itemsize": 348,
 })
-
-
-def suffix_of(path: Path) -> str:
-    """The ending of an image's name that says its format, in lower case; empty where it is none of ``SUFFIXES``."""
-    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), "")
 
 
 def write_like(array: np.ndarray, grid: Grid, path: Path, source: Path) -> None:
@@ -35,11 +31,11 @@ def write_like(array: np.ndarray, grid: Grid, path: Path, source: Path) -> None:
     ``path`` chooses the format.
     """
     image = to_image(array, grid)
-    if suffix_of(path) in (".nii", ".nii.gz"):
+    if ending(path) in (".nii", ".nii.gz"):
         _write_nifti(image, path, source)
         return
     sitk.WriteImage(image, str(path), useCompression=True, compressionLevel=1)
-    if suffix_of(path) == ".nrrd" and suffix_of(source) in (".nrrd", ".nhdr"):
+    if ending(path) == ".nrrd" and ending(source) in (".nrrd", ".nhdr"):
         _copy_nrrd_geometry(path, source)
 
 
@@ -47,10 +43,10 @@ def _write_nifti(image: sitk.Image, path: Path, source: Path) -> None:
     plain = path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".plain.nii")
     try:
         sitk.WriteImage(image, str(plain))
-        if suffix_of(source) in (".nii", ".nii.gz"):
-            with gzip.open(source) if suffix_of(source) == ".nii.gz" else open(source, "rb") as file:
+        if ending(source) in (".nii", ".nii.gz"):
+            with gzip.open(source) if ending(source) == ".nii.gz" else open(source, "rb") as file:
                 start = file.read(NIFTI.itemsize)
-            # the header begins with its own size; NIfTI-2, of 540 bytes, keeps doubles elsewhere
+            # the header begins with its own size
             order = {b"\x5c\x01\x00\x00": "<", b"\x00\x00\x01\x5c": ">"}.get(start[:4])
             if order is not None:
                 header = np.frombuffer(start, NIFTI.newbyteorder(order))[0]
@@ -59,7 +55,7 @@ def _write_nifti(image: sitk.Image, path: Path, source: Path) -> None:
                     written[name] = header[name]
                 written.flush()
                 del written  # or Windows could not move the file
-        if suffix_of(path) == ".nii":
+        if ending(path) == ".nii":
             plain.replace(path)
             return
         with open(plain, "rb") as content, gzip.open(path, "wb", compresslevel=1) as file:

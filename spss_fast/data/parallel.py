@@ -37,6 +37,10 @@ def parallel(
                 yield position, function(*job)
                 bar.advance(task)
             return
+        # a child that runs the parent's script once more to know its functions, and has got here
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise UserError(f"{title} takes several processes, and each of them begins by running your script: put "
+                            "what it does under `if __name__ == \"__main__\":`, or set workers to 1")
         # spawn: a forked child would inherit ITK's and OpenMP's thread pools without their threads
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
@@ -47,8 +51,8 @@ def parallel(
                 bar.advance(task)
         except BrokenProcessPool as error:
             raise UserError(
-                f"{title}: a process was ended from outside, most likely for want of memory (lower workers, now "
-                f"{workers}), or a script of yours runs this outside `if __name__ == \"__main__\":`"
+                f"{title}: a process ended before its work was done. A script of yours must do this under `if __name__ "
+                f"== \"__main__\":`; if it does, memory ran out most likely: lower workers (now {workers})"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -65,7 +65,7 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
     volumes = []
     for case in cases:
         index, image = slices[case.name], torch.from_numpy(case.image)
-        annotation, full = annotated_slice(case, index, given.get(case.name), settings), case.full_label(index)
+        annotation, full = annotated_slice(case, index, given.get(case.name), settings), case.full_label()
         reference = None if full is None else torch.from_numpy(full)
         volumes.append(TrainingVolume(case.name, image, index, annotation, reference))
     return volumes
@@ -82,11 +82,7 @@ def annotated_slice(
 
 def unlabeled_volumes(cases: list[PreparedCase]) -> list[TrainingVolume]:
     """The other training cases as training sees them: their image."""
-    return [
-        TrainingVolume(case.name, torch.from_numpy(case.image),
-                       reference=torch.from_numpy(case.label()) if case.has_label else None)
-        for case in cases
-    ]
+    return [TrainingVolume(case.name, torch.from_numpy(case.image)) for case in cases]
 
 
 @dataclass(frozen=True)
@@ -225,8 +221,8 @@ class Sampler:
         step = step * self.world + self.rank
         random = np.random.default_rng([self.seed, 0, step])
         noise_seed = int(random.integers(2**63))
-        volumes = [self.labeled[i] for i in self._turn(1, len(self.labeled), self.counts[0], step)]
-        volumes += [self.unlabeled[i] for i in self._turn(2, len(self.unlabeled), self.counts[1], step)]
+        volumes = [self.labeled[i] for i in self._chosen(1, len(self.labeled), self.counts[0], step)]
+        volumes += [self.unlabeled[i] for i in self._chosen(2, len(self.unlabeled), self.counts[1], step)]
         samples = []
         for position, volume in enumerate(volumes):
             supervised = self._supervised(random, volume, position < self.counts[0])
@@ -264,7 +260,7 @@ class Sampler:
                     view += noise.mul_(self.noise).clamp_(-self.noise_clip, self.noise_clip)
         return replace(batch, view1=view1, view2=view2)
 
-    def _turn(self, role: int, volumes: int, count: int, step: int) -> list[int]:
+    def _chosen(self, role: int, volumes: int, count: int, step: int) -> list[int]:
         """Which volumes batch ``step`` takes: the ``count`` next of an endless row of permutations."""
         chosen = []
         for position in range(step * count, (step + 1) * count):

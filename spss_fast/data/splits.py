@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import Annotation, empty_annotations, read_annotations
 from spss_fast.data.cache import PreparedCase
+from spss_fast.data.layouts import Case
 from spss_fast.errors import UserError
 
 
@@ -31,11 +33,12 @@ class Split:
 def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Split:
     """The split that ``train.list`` and ``test.list`` in the data folder give, else one drawn by seed and case name.
 
-    With lists: their order is kept; cases that are in no given list make up the other one; with a ``train.list`` that
-    names every case, the unlabelled training cases are the test. Without: ``n_test`` labelled cases test, and the
-    order of the others is drawn; cases that ``annotations`` names come first in training, cases without any label
-    last. A case's place in the draw depends on its own name and the seed only. Raises ``UserError`` for names without
-    a scan, for overlap, and where too few volumes are left to train on.
+    With lists: their order is kept, but that the annotated cases come first: those that ``annotations`` names, and as
+    many of the list's first as ``n_labeled`` leaves. Cases that are in no given list make up the other one; with a
+    ``train.list`` that names every case, the unlabelled training cases are the test. Without: ``n_test`` cases with a
+    full label test, and the order of the others is drawn; cases that ``annotations`` names come first in training,
+    cases without any label last. A case's place in the draw depends on its own name and the seed only. Raises
+    ``UserError`` for names without a scan, for overlap, and where too few volumes are left to train on.
     """
     settings, training = config.data, config.training
     known = {case.name: case for case in cases}
@@ -46,13 +49,16 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
         raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
     named = read_annotations(settings)
     held_out = True
+    if train is not None:
+        train = _annotated_first(train, named, settings.n_labeled)
     if train is not None and test is None:
         test = sorted(set(known) - set(train))
         if not test:
             test, held_out = train[settings.n_labeled :], False
     elif train is None:
         if test is None:
-            test = [name for name in drawn if known[name].has_label and name not in named][: settings.n_test]
+            full = (name for name in drawn if name not in named and known[name].has_full_label)
+            test = list(islice(full, settings.n_test))
         rank = {name: 0 if name in named else 1 if known[name].has_label else 2 for name in known}
         train = sorted((name for name in drawn if name not in test), key=rank.__getitem__)
         if not test:
@@ -73,6 +79,19 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
             f"label ({len(bare)} such{still}): annotate a slice of it, or lower n_labeled to "
             f"{settings.n_labeled - len(bare)}")
     return Split(train, test, held_out)
+
+
+def taking_part(cases: list[Case], data_dir: Path) -> list[Case]:
+    """The cases that ``train.list`` and ``test.list`` name where both are there, else all: those to prepare."""
+    known = {case.name for case in cases}
+    lists = [read_list(data_dir / f"{part}.list", known) for part in ("train", "test")]
+    return cases if None in lists else [case for case in cases if any(case.name in names for names in lists)]
+
+
+def _annotated_first(train: list[str], named: Collection[str], count: int) -> list[str]:
+    """``train`` with the ``count`` annotated cases first, those that are ``named`` among them; else in its order."""
+    annotated = set(sorted(train, key=lambda name: name not in named)[:count])
+    return sorted(train, key=lambda name: name not in annotated)
 
 
 def read_list(path: Path, known: Collection[str]) -> list[str] | None:
@@ -108,8 +127,8 @@ def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: in
     unknown = [name for name in given if name not in {case.name for case in cases}]
     if unknown:
         raise UserError(
-            f"{settings.annotations} names {unknown[0]}, which is not one of the {len(cases)} annotated cases (the "
-            "first n_labeled of the training list): correct the name, the list or n_labeled")
+            f"{settings.annotations} names {unknown[0]}, which is not one of the {len(cases)} annotated cases "
+            "(n_labeled of the training cases, named ones first): correct the name, the lists or n_labeled")
     return {
         case.name: _given_slice(case, given[case.name], settings) if case.name in given else _drawn_slice(case, seed)
         for case in cases

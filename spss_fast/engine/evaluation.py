@@ -45,7 +45,7 @@ def evaluate_cases(
     student.eval()
     rows, values = {}, config.data.class_values
     for case in cases:
-        label = case.label()
+        label = case.full_label()
         if label is None:
             continue
         probability = sliding_window(

@@ -66,8 +66,12 @@ class RunFolder:
             raise UserError(f"{self.path} is a file: choose another --out")
 
     def cases(self) -> dict[str, Any]:
-        """What ``cases.json`` says."""
-        return json.loads((self.path / "cases.json").read_text())
+        """What ``cases.json`` says; ``UserError`` where it cannot be read."""
+        path = self.path / "cases.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path} ({error}): copy a run folder whole, with all its files") from error
 
     def refuse_other_cases(self, cases: dict[str, Any]) -> None:
         """Raise ``UserError`` where the data give other ``cases`` than this run began with."""

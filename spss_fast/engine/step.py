@@ -258,8 +258,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     total = state.monte_carlo(mixed)
     with phase("teacher"):
         weight = selfpaced.ramp(t, selection)
-        epoch = t // max(1, config.data.n_labeled // training.batch_labeled)
-        lam = selfpaced.threshold(epoch, selection)
+        lam = selfpaced.threshold(t // config.batches_per_epoch, selection)
         keep = selfpaced.keep_count(
             image[0, 0].numel(), state.last_loss, lam, weight * selfpaced.tau(t, selection)
         )

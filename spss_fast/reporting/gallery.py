@@ -180,8 +180,8 @@ def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: 
     image = torch.from_numpy(case.image)
     masks = {"prediction": networks.predict(image)}
     entropy, _ = networks.uncertainty(image)
-    if case.has_label:
-        masks["reference"] = case.label() > 0
+    if case.has_full_label:
+        masks["reference"] = case.full_label() > 0
     scores = (record.evaluation or {}).get(case.name, {})
     example = Example(case.name, rank, scores, case.image, case.spacing, masks, entropy)
     if "reference" in masks:
@@ -209,7 +209,7 @@ def _annotated_example(
     if record.iteration:
         entropy, probability = networks.uncertainty(image)
         masks |= {"fused": networks.fused(label, probability, annotation, index), "prediction": networks.predict(image)}
-    full = case.full_label(index)
+    full = case.full_label()
     if full is not None:
         masks["reference"] = full > 0
     example = Example(

@@ -30,6 +30,7 @@ def found(folder):
     (["a.nii.gz", "b.nii", "c.nrrd"], {"a": ("a.nii.gz", None), "b": ("b.nii", None), "c": ("c.nrrd", None)}),
     (["a/image.nii.gz", "a/label.nii.gz", "b/image.nii.gz"],
      {"a": ("a/image.nii.gz", "a/label.nii.gz"), "b": ("b/image.nii.gz", None)}),
+    (["a/scan.nii.gz", "a/segmentation.nii.gz"], {"a": ("a/scan.nii.gz", "a/segmentation.nii.gz")}),
     (["a/scan7.nrrd", "a/scan7_seg.nrrd"], {"a": ("a/scan7.nrrd", "a/scan7_seg.nrrd")}),
     (["a.nii.gz", "a_label.nii.gz", "b.mha", "b-seg.mha", "c.nrrd", "c.seg.nrrd"],
      {"a": ("a.nii.gz", "a_label.nii.gz"), "b": ("b.mha", "b-seg.mha"), "c": ("c.nrrd", "c.seg.nrrd")}),
@@ -82,7 +83,8 @@ def test_nnunet(tmp_path, ending):
 
 def test_several_channels_end_in_one_line(tmp_path):
     nnunet(tmp_path, "a", "b", channels=("T1", "T2"))
-    with pytest.raises(UserError, match=r"imagesTr has 2 channels per case \(T1, T2\), and one is taken") as error:
+    said = r"imagesTr has 2 channels per case \(T1, T2\), and one is taken: copy the images of one channel"
+    with pytest.raises(UserError, match=said) as error:
         find_cases("folder", tmp_path)
     assert "\n" not in str(error.value)
 
@@ -97,7 +99,7 @@ def test_decathlon(tmp_path):
     assert found(tmp_path) == {
         name: (f"imagesTr/{name}.nii.gz", f"labelsTr/{name}.nii.gz") for name in ("liver_0", "liver_1")}
     (tmp_path / "dataset.json").write_text(json.dumps(description | {"modality": {"0": "T2", "1": "ADC"}}))
-    with pytest.raises(UserError, match=r"2 channels per case \(T2, ADC\)"):
+    with pytest.raises(UserError, match=r"\(T2, ADC\).*: split the 4-D files, .* a folder without this dataset\.json"):
         find_cases("folder", tmp_path)
     (tmp_path / "dataset.json").write_text("{")
     with pytest.raises(UserError, match=r"dataset.json cannot be read as JSON"):

@@ -7,6 +7,7 @@ import pytest
 from spss_fast.data.inputs import find_inputs, output_paths, refuse_clashes
 from spss_fast.data.layouts import Case
 from spss_fast.errors import UserError
+from tests.data.writing import ball, write_series
 
 
 def _touch(*paths: Path) -> None:
@@ -31,6 +32,41 @@ def test_layouts_and_a_single_case_of_one(tmp_path):
     assert (case.name, case.image) == ("x", la / "x" / "lgemri.nrrd")  # and not the label map beside it
     case, = find_inputs([h5])
     assert case.preprocessed and output_paths(case, tmp_path, 2, False, False)["label"] == tmp_path / "z.nii.gz"
+
+
+def _found(folder: Path) -> dict[str, str]:
+    return {case.name: str(case.image.relative_to(folder)) for case in find_inputs([folder])}
+
+
+def test_label_maps_beside_the_scans_are_left_out(tmp_path):
+    flat, series, images = (tmp_path / name for name in ("flat", "p1", "images"))
+    _touch(*(flat / name for name in ("a.nii.gz", "a_seg.nii.gz", "b.nii.gz", "labels/b.nii.gz", "c_mask.nrrd")))
+    assert _found(flat) == {"a": "a.nii.gz", "b": "b.nii.gz"}
+    write_series(series, ball((8, 8, 4))[0])
+    _touch(series / "label.nii.gz")
+    assert _found(series) == {"p1": "."}
+    write_series(flat / "p2" / "axial", ball((8, 8, 4))[0])  # beside loose files, and a label of another name there
+    _touch(flat / "p2" / "segmentation.nii.gz")
+    assert _found(flat) == {"a": "a.nii.gz", "b": "b.nii.gz", "p2_axial": "p2/axial"}
+    _touch(images / "images" / "image.nii.gz", images / "labels" / "image.nii.gz", images / "extra.nhdr")
+    assert _found(images) == {"images": "images/image.nii.gz", "extra": "extra.nhdr"}
+    with pytest.raises(UserError, match=r"c_mask.nrrd is a label without a scan"):
+        _touch(tmp_path / "only" / "c_mask.nrrd")
+        find_inputs([tmp_path / "only"])
+
+
+def test_loose_files_beside_a_data_set(tmp_path):
+    _touch(*(tmp_path / name for name in ("x/lgemri.nrrd", "x/laendo.nrrd", "y.nii.gz")))
+    assert _found(tmp_path) == {"x": "x/lgemri.nrrd", "y": "y.nii.gz"}
+
+
+def test_nnunet_numbers_are_no_part_of_a_name(tmp_path):
+    one, two, dataset = (tmp_path / name for name in ("imagesTs", "numbered", "dataset"))
+    _touch(one / "a_0000.nii.gz", one / "b_0000.nii.gz", two / "a_0000.nii.gz", two / "a_0001.nii.gz")
+    assert _found(one) == {"a": "a_0000.nii.gz", "b": "b_0000.nii.gz"}
+    assert _found(two) == {"a_0000": "a_0000.nii.gz", "a_0001": "a_0001.nii.gz"}
+    _touch(dataset / "imagesTr" / "a_0000.nii.gz", dataset / "labelsTr" / "a.nii.gz")
+    assert _found(dataset) == {"a": "imagesTr/a_0000.nii.gz"}
 
 
 def test_a_file_that_says_only_what_it_is_goes_by_its_folder(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Finding and reading scans: the real LA and KiTS19 files, and every file that cannot be used."""
 
 import gzip
+import struct
 
 import numpy as np
 import pytest
@@ -244,6 +245,24 @@ def test_zero_spacing(tmp_path):
     content[80:84] = np.float32(0).tobytes()  # pixdim[1]
     case.image.write_bytes(gzip.compress(bytes(content)))
     refused(case, str(case.image), "spacing", "correct its header")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_endings_in_capitals(tmp_path, kind):
+    write_image(tmp_path / "a.nii.gz", ball()[0].astype(kind))
+    path = (tmp_path / "a.nii.gz").rename(tmp_path / "A.NII.GZ")
+    np.testing.assert_array_equal(read_case(Case("A", path, None, "plain")).image, ball()[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nifti_2_is_named(tmp_path, packed):
+    header = bytearray(544)
+    struct.pack_into("<i8s2h8q", header, 0, 540, b"n+2\0\r\n\x1a\n", 2, 8, 3, 4, 5, 6, 1, 1, 1, 1)
+    struct.pack_into("<8d", header, 104, *[1.0] * 8)
+    struct.pack_into("<q2d", header, 168, 544, 1.0, 0.0)
+    path = tmp_path / ("a.nii.gz" if packed else "a.nii")
+    path.write_bytes(gzip.compress(header + bytes(120)) if packed else header + bytes(120))
+    refused(Case("a", path, None, "plain"), str(path), "is NIfTI-2, which is not read: save it as NIfTI-1")
 
 
 def test_bad_h5(tmp_path):

@@ -10,7 +10,8 @@ import SimpleITK as sitk
 from scipy.spatial.transform import Rotation
 
 from spss_fast.data.geometry import Grid
-from spss_fast.data.output import SUFFIXES, suffix_of, write_like
+from spss_fast.data.images import ENDINGS, ending
+from spss_fast.data.output import OUTPUTS, write_like
 from tests.data.writing import write_image
 
 
@@ -31,10 +32,10 @@ def _written(grid: Grid, path: Path, source: Path, dtype=np.uint8) -> sitk.Image
     return image
 
 
-@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd"])
+@pytest.mark.parametrize("suffix", ENDINGS)
 def test_geometry_to_the_last_digit(suffix, tmp_path):
     for seed in range(20):
-        source, path = tmp_path / f"scan{suffix}", tmp_path / f"label{SUFFIXES[suffix]}"
+        source, path = tmp_path / f"scan{suffix}", tmp_path / f"label{OUTPUTS[suffix]}"
         grid = _oblique(source, seed)
         assert Grid.of(_written(grid, path, source)) == grid
     before = set(tmp_path.iterdir())
@@ -82,6 +83,6 @@ def test_a_nrrd_of_another_space_and_one_of_spacings_alone(tmp_path):
         assert Grid.of(_written(grid, path, source)) == grid
 
 
-def test_suffixes():
-    assert suffix_of(Path("a.b.NII.GZ")) == ".nii.gz" and suffix_of(Path("a.nii")) == ".nii"
-    assert suffix_of(Path("a.gz")) == suffix_of(Path("a.h5")) == suffix_of(Path("nii")) == ""
+def test_endings():
+    assert ending(Path("a.b.NII.GZ")) == ".nii.gz" and ending(Path("a.nii")) == ".nii"
+    assert ending(Path("a.gz")) == ending(Path("a.h5")) == ending(Path("nii")) == ""

@@ -12,7 +12,7 @@ from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import Case, Scan, find_cases
 from spss_fast.data.preparation import body_box, foreground, prepare_scan, target_grid
 from spss_fast.errors import UserError
-from tests.data.writing import ball, prepared, settings_of, write_h5, write_image, write_kits, write_la
+from tests.data.writing import ball, prepared, settings_of, to_source, write_h5, write_image, write_kits, write_la
 
 
 def dice(a, b):
@@ -63,7 +63,7 @@ def test_kits_preset_on_a_real_label_map(real_kits, tmp_path):
     spacing = sitk.ReadImage(str(real_kits / "case_00017" / "segmentation.nii.gz")).GetSpacing()
     assert label.sum() * np.prod(case.spacing) == pytest.approx(original.sum() * np.prod(spacing), rel=0.02)
     # and back into the file's own geometry, to the last digit
-    back = case.to_source(np.ascontiguousarray(label))
+    back = to_source(case, label)
     reference = sitk.ReadImage(str(real_kits / "case_00017" / "imaging.nii.gz"))
     assert (back.GetSize(), back.GetSpacing(), back.GetOrigin(), back.GetDirection()) == (
         reference.GetSize(), reference.GetSpacing(), reference.GetOrigin(), reference.GetDirection())
@@ -125,7 +125,7 @@ def test_body_crop_of_a_real_ct(scans, tmp_path):
     count = ndimage.label(case.label())[1]
     shell = ndimage.binary_dilation(case.label(), iterations=2) & (case.label() == 0)
     assert count >= 2 and case.image[case.label() > 0].mean() > case.image[shell].mean() + 0.2
-    back = case.to_source(np.ascontiguousarray(case.label()))
+    back = to_source(case, case.label())
     assert back.GetDirection() == label.GetDirection() and back.GetOrigin() == label.GetOrigin()
     assert dice(sitk.GetArrayFromImage(back).transpose(2, 1, 0) > 0, kidneys) > 0.85
 
@@ -136,7 +136,7 @@ def test_la_preset_keeps_the_grid_and_scores(tmp_path):
     image, label = ball()
     np.testing.assert_allclose(case.image, (image - image.mean()) / image.std(), atol=1e-5)
     np.testing.assert_array_equal(case.label(), label)
-    back = case.to_source(np.array(case.image))
+    back = to_source(case, case.image)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(back).transpose(2, 1, 0), case.image)
 
 
@@ -163,7 +163,7 @@ def test_wide_slices_are_cropped_around_their_centre(tmp_path):
     write_image(tmp_path / "la" / "a" / "laendo.nrrd", label)
     case, = prepared("la", tmp_path / "la", settings_of("la", tmp_path, max_in_plane=30))
     np.testing.assert_array_equal(case.label(), label[5:35, 3:33])
-    back = sitk.GetArrayFromImage(case.to_source(np.ones(case.grid.size, np.uint8))).transpose(2, 1, 0)
+    back = sitk.GetArrayFromImage(to_source(case, np.ones(case.grid.size, np.uint8))).transpose(2, 1, 0)
     assert back.sum() == 30 * 30 * 24 and back[5:35, 3:33].all()
 
 

@@ -4,9 +4,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from spss_fast.data.annotations import read_annotations
 from spss_fast.data.cache import PreparedCase
+from spss_fast.data.dataset import load
 from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.sampling import training_volumes
@@ -89,6 +91,24 @@ def test_cases_without_a_label_are_never_annotated_or_tested(tmp_path):
     assert sorted(split.train[-4:]) == names[:4] and not set(split.test) & set(names[:4])
 
 
+@pytest.mark.parametrize("resample", ["none", "32 32 12", "32 32 48"])
+def test_a_label_of_one_slice_is_no_test(tmp_path, resample):
+    """On a grid of more slices the one is several; the full label of d stays one on a grid of fewer."""
+    for i, name in enumerate("abcde"):
+        image, label = ball(seed=i)
+        if name != "d":
+            label[:, :, :12] = label[:, :, 13:] = 0
+        write_image(tmp_path / "plain" / f"{name}.nii.gz", image)
+        write_image(tmp_path / "plain" / f"{name}_seg.nii.gz", label)
+    (tmp_path / "slices.csv").write_text("case,slice\na,12\nb,12\n")
+    flags = {"n_labeled": 2, "n_test": 5, "batch_unlabeled": 1, "resample": resample}
+    config = settings_of("folder", tmp_path, annotations=str(tmp_path / "slices.csv"), **flags)
+    cases = prepared("folder", tmp_path / "plain", config)
+    assert [case.name for case in cases if case.has_full_label] == ["d"] and all(case.has_label for case in cases)
+    split = make_split(cases, tmp_path / "plain", config)
+    assert split.test == ["d"] and sorted(split.train[:2]) == ["a", "b"] and sorted(split.train[2:]) == ["c", "e"]
+
+
 @pytest.mark.parametrize("train, test, words", [
     ("a\nb\nzz\nyy\n", None, r"train.list names zz \(and 1 more\)"),
     ("a\nb\nc\nd\ne\n", "e\nf\n", "test.list names e, as train.list does"),
@@ -103,6 +123,18 @@ def test_bad_lists(ten, train, test, words):
         (folder / "test.list").write_text(test)
     with pytest.raises(UserError, match=words):
         split()
+
+
+def test_a_case_that_both_lists_leave_out_is_never_read(tmp_path):
+    names = write_la(tmp_path / "la", 6)
+    (tmp_path / "la" / "f" / "lgemri.nrrd").write_bytes(b"spoiled")
+    config = settings_of("la", tmp_path, data_dir=str(tmp_path / "la"), n_labeled=2)
+    (tmp_path / "la" / "train.list").write_text("\n".join(names[:4]))
+    with pytest.raises(UserError, match=r"f/lgemri\.nrrd cannot be read"):
+        load(config, Console(quiet=True))
+    (tmp_path / "la" / "test.list").write_text("e\n")
+    dataset = load(config, Console(quiet=True))
+    assert dataset.split.train == names[:4] and [case.name for case in dataset.test] == ["e"]
 
 
 def test_too_few_volumes(ten):
@@ -193,6 +225,19 @@ def test_csv_cases_train_first_and_never_test(ten, tmp_path):
     for seed in range(5):
         split = ten[3](annotations=str(tmp_path / "slices.csv"), seed=seed)
         assert set(split.train[:2]) == {"h", "c"}
+
+
+def test_cases_that_are_named_are_annotated_wherever_they_are_listed(ten, tmp_path):
+    _, folder, cases, split = ten
+    (folder / "train.list").write_text("\n".join("jihgfedcba"))
+    (tmp_path / "slices.csv").write_text("case,slice\nb,12\ni,12\n")
+    result = split(annotations=str(tmp_path / "slices.csv"))
+    assert "".join(result.train) == "jibhgfedca" and "".join(result.test) == "hgfedca"
+    config = settings_of("la", tmp_path, annotations=str(tmp_path / "slices.csv"), n_labeled=3)
+    annotated = [next(case for case in cases if case.name == name) for name in result.train[:3]]
+    assert annotated_slices(annotated, config.data, 0).keys() == set("jib")
+    (tmp_path / "slices.csv").write_text("case,slice\nh,12\n")  # one of the first three: all as listed
+    assert "".join(split(annotations=str(tmp_path / "slices.csv")).train) == "jihgfedcba"
 
 
 def test_a_file_with_one_annotated_slice_is_enough(tmp_path):

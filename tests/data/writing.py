@@ -8,6 +8,7 @@ import SimpleITK as sitk
 
 from spss_fast.config import Config, resolve
 from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.geometry import to_image
 from spss_fast.data.layouts import find_cases
 
 # column a of the direction is the patient axis (left, back, head) of file axis a: KiTS19's first one runs to the feet
@@ -89,6 +90,13 @@ def write_h5(path: Path, **arrays: np.ndarray):
 def settings_of(dataset: str, folder: Path, **flags) -> Config:
     """The data set's configuration with a cache in ``folder`` and everything done in this process."""
     return resolve(dataset, {"cache_dir": str(folder / "cache"), "workers": 1, **flags})
+
+
+def to_source(case: PreparedCase, array: np.ndarray) -> sitk.Image:
+    """A label map (H, W, D) on the prepared grid, taken back onto the file's own grid (nearest), 0 beyond the crop."""
+    reference = to_image(np.zeros(case.source.size, np.uint8), case.source)
+    image = to_image(np.ascontiguousarray(array), case.grid)
+    return sitk.Resample(image, reference, sitk.Transform(), sitk.sitkNearestNeighbor)
 
 
 def prepared(dataset: str, data: Path, config: Config) -> list[PreparedCase]:
