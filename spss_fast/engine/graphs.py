@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from spss_fast.engine.profiling import phase
 Output = Tensor | tuple[Tensor, ...]
 
 
-def each(function: Callable[[Tensor], Tensor], output: Output) -> Output:
+def each(function: Callable[[Tensor], Any], output: Output) -> Any:
     """``function`` of a tensor, or of every one of a tuple."""
     return function(output) if isinstance(output, Tensor) else tuple(map(function, output))
 
@@ -82,8 +83,7 @@ class Replayed:
         with torch.cuda.stream(stream):
             output = self.function(*inputs)
         outside.wait_stream(stream)
-        for tensor in [output] if isinstance(output, Tensor) else output:
-            tensor.record_stream(outside)
+        each(lambda tensor: tensor.record_stream(outside), output)
         return output
 
     def _record(self, *inputs: Tensor | None) -> Recording:
