@@ -13,7 +13,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spss_fast.ops import backend, backends, propagate, warp
+from spss_fast.ops import backend, backends, fill_holes, propagate, warp
 from spss_fast.ops.backends import BACKENDS, PARTS, TABLE, active, available
 
 COMPILED = "cpu" in available("warp", "cpu")
@@ -121,7 +121,7 @@ class Devices(TorchDispatchMode):
 @pytest.fixture
 def without_cuda_operators(monkeypatch):
     """As where nvcc was missing at installation: CUDA tensors, which only look like such, and no kernel for them."""
-    for operator in ("warp", "propagate"):
+    for operator in ("warp", "propagate", "fill_holes"):
         monkeypatch.setitem(backends._active, (operator, "cuda"), "reference")
     backends._say.cache_clear()
     with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
@@ -150,6 +150,13 @@ def test_without_the_cuda_operators_propagate_runs_on_copies_on_the_host(without
     assert devices.seen == [("propagate", "cpu")]
     assert volume.device.type == "cuda" and volume.shape == (2, 3, 4, 6)
     assert "propagate runs on copies on the CPU" in str(without_cuda_operators[0].message)
+
+
+@pytest.mark.skipif(not COMPILED, reason="the compiled extension is not built")
+def test_without_the_cuda_operators_holes_are_filled_in_copies_on_the_host(without_cuda_operators):
+    with Devices() as devices:
+        filled = fill_holes(torch.zeros(2, 3, 4, 5, dtype=torch.uint8, device="cuda"), 2)
+    assert devices.seen == [("fill_holes", "cpu")] and filled.device.type == "cuda" and filled.shape == (2, 3, 4, 5)
 
 
 @pytest.mark.parametrize("home", [None, "/nowhere"])
