@@ -27,7 +27,8 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--cases", type=int, default=3,
                         help="test cases, and as many annotated volumes, in the gallery, from the worst to the best")
     parser.add_argument("--data-dir", type=Path,
-                        help="where the run's scans lie now, for the gallery (default: where evaluate found them)")
+                        help="where the run's scans lie now, for the gallery (default: where training found them, or "
+                        "evaluate)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     return vars(parser.parse_args(arguments))
 
@@ -39,9 +40,9 @@ def report(
     """Write the page about the run in the folder ``run`` to ``out`` (default: ``run``/report.html); returns its path.
 
     ``cases`` test cases and as many annotated volumes are segmented anew for the gallery, on ``device``; 0 leaves the
-    gallery out. They are read from ``data_dir``, by default where ``evaluate`` found them; where they are gone, the
-    page says so and shows the rest. Raises ``UserError`` where there is no run, where one of its files cannot be read,
-    and where the page cannot be written.
+    gallery out. They are read from ``data_dir``, by default where training or ``evaluate`` found them; where they
+    are gone, the page says so and shows the rest. Raises ``UserError`` where there is no run, where one of its files
+    cannot be read, and where the page cannot be written.
 
     Example::
 

@@ -269,9 +269,9 @@ def test_a_run_under_way(run):
 
 
 def test_scans_that_are_gone_leave_the_rest(run, finished):
-    cases = json.loads((run / "cases.json").read_text())
-    cases["data_dir"] = str(run / "moved")
-    (run / "cases.json").write_text(json.dumps(cases))
+    for name in ("cases.json", "evaluation.json"):
+        content = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(content | {"data_dir": str(run / "moved")}))
     page = _page(run, cases=1)
     assert f"The scans could not be read: the data folder {run / 'moved'} does not exist" in page.text
     assert "mean ± sd of 3" in page.text

@@ -63,14 +63,14 @@ class Record:
 
     @property
     def data_dir(self) -> Path:
-        """Where the run's scans lie: where ``evaluate`` found them last, else where training did."""
-        own = self.cases["data_dir"]
-        return Path(own if self.foreign else self.about.get("data_dir", own))
+        """Where the run's scans lie: where training found them, or, if they are gone from there, ``evaluate``."""
+        own = Path(self.cases["data_dir"])
+        return own if self.foreign or own.is_dir() else Path(self.about.get("data_dir", own))
 
     @property
     def evaluated(self) -> str:
         """What the evaluated cases are to the run, in the plural."""
-        folder = Path(self.about["data_dir"]) if self.foreign else self.data_dir
+        folder = Path(self.about.get("data_dir", self.cases["data_dir"]))
         return described(self.evaluation or (), self.cases, folder, self.foreign)
 
 
