@@ -21,9 +21,9 @@ def find_inputs(paths: Sequence[Path]) -> list[Case]:
     """The scans of ``paths``, none with a label, in the order given and by name within a folder.
 
     A file is a scan, named after its folder where it is called ``image``, ``imaging`` or ``lgemri``. A folder is one
-    case of a raw layout, holds one of the data sets' layouts (:mod:`spss_fast.data.layouts`) beside which files may
-    lie, or files and DICOM series; which of these are label maps their names say, as in training. Raises ``UserError``
-    for a path that is missing or holds no scan.
+    case of a raw layout, holds one of the data sets' layouts (:mod:`spss_fast.data.layouts`), files and DICOM series;
+    which of these are label maps their names say, as in training. Raises ``UserError`` for a path that is missing or
+    holds no scan.
     """
     return [case for path in paths for case in (_of_folder(path) if path.is_dir() else [_of_file(path)])]
 
@@ -47,9 +47,10 @@ def _of_folder(folder: Path) -> list[Case]:
     if not any(folder.iterdir()):
         raise UserError(f"the folder {folder} is empty: put scans ({READ}) into it, or give another")
     cases: list[Case] = next(filter(None, (cases_of(layout, folder) for layout in DATA_SETS)), [])
-    images = find_images(folder)
-    if cases:  # what lies deeper belongs to the data set
-        images = [(name, path) for name, path in images if path.parent == folder]
+    # what lies with a case of a data set belongs to it, and below nnU-Net's and the Decathlon's lie labels and tests
+    own, nested = {case.image.parent for case in cases} - {folder}, not (folder / "imagesTr").is_dir()
+    images = [(name, path) for name, path in find_images(folder)
+              if path.parent == folder or (nested and own.isdisjoint({path, *path.parents}))]
     if all(name.endswith("_0000") for name, _ in images):  # nnU-Net's number of the one channel, which its labels lack
         images = [(name.removesuffix("_0000"), path) for name, path in images]
     cases = [Case(case.name, case.image, None, case.layout) for case in cases]

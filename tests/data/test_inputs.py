@@ -55,9 +55,11 @@ def test_label_maps_beside_the_scans_are_left_out(tmp_path):
         find_inputs([tmp_path / "only"])
 
 
-def test_loose_files_beside_a_data_set(tmp_path):
-    _touch(*(tmp_path / name for name in ("x/lgemri.nrrd", "x/laendo.nrrd", "y.nii.gz")))
-    assert _found(tmp_path) == {"x": "x/lgemri.nrrd", "y": "y.nii.gz"}
+def test_scans_beside_a_data_set(tmp_path):
+    _touch(*(tmp_path / name for name in ("x/lgemri.nrrd", "x/laendo.nrrd", "x/raw/a.nii", "y.nii.gz", "z/t/ct.nrrd")))
+    assert _found(tmp_path) == {"x": "x/lgemri.nrrd", "y": "y.nii.gz", "z_t": "z/t/ct.nrrd"}
+    _touch(*(tmp_path / "h5" / name for name in ("a.h5", "b.nii.gz")))
+    assert _found(tmp_path / "h5") == {"a": "a.h5", "b": "b.nii.gz"}
 
 
 def test_nnunet_numbers_are_no_part_of_a_name(tmp_path):
