@@ -1,4 +1,5 @@
-"""The contrastive loss, forward and backward, against the N x N formulation of METHOD step 7 in plain PyTorch."""
+"""The contrastive loss, forward and backward, against the N x N formulation of METHOD step 7 in plain PyTorch, and
+against the same class banks in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import functools
 
 import pytest
 import torch
-from torch.nn import functional as F
+from straightforward import contrastive_n_by_n
 
 from spss_fast.ops import contrastive_loss
+from spss_fast.ops.contrastive import reference_contrastive_loss
 
 CLASSES, K, TEMPERATURE = 2, 50, 0.07
 MAIN = (4, 64, 14, 14, 10)  # 1/8 of 112 x 112 x 80: N = 7840
@@ -22,25 +24,22 @@ def data(shape: tuple[int, ...], device: str):
     return features, [torch.randn(shape[0], CLASSES, *shape[2:]).to(device) for _ in range(2)]
 
 
-def n_by_n(a, b, n, logits_a, logits_n):
-    """All N x N similarities, and for every anchor its own search for the k most confident voxels of another class."""
-    a, b, n = (F.normalize(x.movedim(1, -1).flatten(0, -2), dim=1) for x in (a, b, n))
-    confidence, predicted = (x.flatten() for x in logits_n.softmax(1).max(1))
-    other_class = logits_a.argmax(1).flatten()[:, None] != predicted
-    chosen = torch.where(other_class, confidence, -1.0).topk(K, dim=1).indices
-    positive = (a * b).sum(1, keepdim=True) / TEMPERATURE
-    loss = 0
-    for query in (a, b):
-        negative = (query @ n.T / TEMPERATURE).gather(1, chosen)
-        loss = loss + (torch.cat([positive, negative], 1).logsumexp(1) - positive[:, 0]).mean()
-    return loss
-
-
 def fused(a, b, n, logits_a, logits_n):
     return contrastive_loss(a, b, n, logits_a, logits_n, K, TEMPERATURE)
 
 
-PROVIDERS = {"spss_fast": fused, "N x N": n_by_n, "N x N compiled": torch.compile(n_by_n)}
+def banks(a, b, n, logits_a, logits_n):
+    """The operator's own idea, one bank of negatives a class, in plain PyTorch."""
+    return reference_contrastive_loss(a, b, n, logits_a, logits_n, K, TEMPERATURE)
+
+
+def n_by_n(a, b, n, logits_a, logits_n):
+    return contrastive_n_by_n(a, b, n, logits_a, logits_n, K, TEMPERATURE)
+
+
+PROVIDERS = {
+    "spss_fast": fused, "class banks, plain PyTorch": banks, "N x N": n_by_n, "N x N compiled": torch.compile(n_by_n),
+}
 ROWS = [(MAIN, provider) for provider in PROVIDERS] + [(shape, "spss_fast") for shape in GROWING]
 
 

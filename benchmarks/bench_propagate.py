@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
+from straightforward import slice_chain
 from torch.nn import functional as F
 
+from spss_fast.config import RegistrationSettings
 from spss_fast.ops import propagate
 
 MAIN = (2, 112, 112, 80)
@@ -32,39 +33,12 @@ def data(shape: tuple[int, ...], device: str):
 
 def slice_loop(labels, index, flow_up, flow_down):
     """The chain with this literature's tools; the flows are where the network left them."""
-    cv2 = pytest.importorskip("cv2", reason="OpenCV comes with the bench extra")
-    import SimpleITK as sitk
+    pytest.importorskip("cv2", reason="OpenCV comes with the bench extra")
 
-    batch, height, width = labels.shape
-    depth = flow_up.shape[1] + 1
-    axes = [torch.arange(side, dtype=torch.float32, device=labels.device) for side in (height, width)]
-    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
-    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (5, 5))
-    square = cv2.getStructuringElement(cv2.MORPH_RECT, (5, 5))
-    out = np.zeros((batch, height, width, depth), np.uint8)
+    def flow_of(volume: int, z: int, to: int) -> torch.Tensor:
+        return (flow_up if to > z else flow_down)[volume, min(z, to)]
 
-    def moved(current, flow):
-        position = grid + flow
-        normalised = torch.stack([2 * position[1] / (width - 1) - 1, 2 * position[0] / (height - 1) - 1], -1)
-        moving = torch.from_numpy(current).to(labels.device, torch.float32)[None, None]
-        warped = F.grid_sample(moving, normalised[None], "nearest", align_corners=True)[0, 0]
-        return warped.to(torch.uint8).cpu().numpy()
-
-    def clean(current, distance):
-        components = sitk.ConnectedComponent(sitk.GetImageFromArray(current), True)
-        current = sitk.GetArrayFromImage(sitk.RelabelComponent(components, sortByObjectSize=True) == 1)
-        times = 1 if distance <= 10 else 5
-        current = cv2.morphologyEx(current, cv2.MORPH_OPEN, cross, iterations=times)
-        return current if distance <= 10 else cv2.morphologyEx(current, cv2.MORPH_CLOSE, square)
-
-    for b, start in enumerate(index.tolist()):
-        out[b, :, :, start] = labels[b].cpu().numpy()
-        for step, flows, stop in ((1, flow_up, depth), (-1, flow_down, -1)):
-            current = out[b, :, :, start].copy()
-            for z in range(start + step, stop, step):
-                current = clean(moved(current, flows[b, min(z, z - step)]), abs(z - start))
-                out[b, :, :, z] = current
-    return torch.from_numpy(out)
+    return slice_chain(flow_of, labels, index, flow_up.shape[1] + 1, RegistrationSettings())
 
 
 @pytest.mark.parametrize("shape, provider", ROWS, ids=lambda v: "x".join(map(str, v)) if type(v) is tuple else v)

@@ -98,7 +98,8 @@ def bench_warp(measure, device, shape, case, provider):
     expected = warp(image.detach(), displacement.detach())
     actual = function(image.detach(), displacement.detach())
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=2e-3)  # their normalised grids cost digits
-    what = dict(operator="warp", case=case, size="x".join(map(str, shape)), provider=provider,
+    channels = "" if shape[1] == 1 else f", {shape[1]} channels"  # they share a displacement: not one growth
+    what = dict(operator="warp", case=case + channels, size="x".join(map(str, shape)), provider=provider,
                 elements=torch.Size(shape).numel(), bytes=bytes_moved(shape, case))
     if override:
         with backend(override):

@@ -7,7 +7,8 @@ stored and sorted, an N x N contrastive loss, every network run from end to end.
 
 from __future__ import annotations
 
-import cv2
+from collections.abc import Callable
+
 import numpy as np
 import SimpleITK as sitk
 import torch
@@ -22,7 +23,6 @@ from spss_fast.engine.registration import registration_steps, sample_pairs
 from spss_fast.engine.step import State, seed_for
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
-from spss_fast.ops import backend
 from spss_fast.ops.losses import reference_masked_ce_dice, reference_weighted_ce_dice
 
 
@@ -73,23 +73,31 @@ def to_plain(state: State) -> State:
     return state
 
 
-def slice_chain(network, volumes: Tensor, annotation: Tensor, index: Tensor, settings: RegistrationSettings) -> Tensor:
-    """Step 2: one flow a slice, F.grid_sample, SimpleITK components and OpenCV morphology, both directions."""
-    batch, height, width, depth = volumes.shape
+def slice_chain(flow_of: Callable[[int, int, int], Tensor], labels: Tensor, index: Tensor, depth: int,
+                settings: RegistrationSettings) -> Tensor:
+    """The chain of slices with this literature's tools: F.grid_sample, SimpleITK components, OpenCV morphology.
+
+    ``flow_of(volume, z, to)`` is the displacement (2, H, W) that takes slice z to slice ``to``; ``labels`` (B, H, W)
+    are the annotated slices. Returns uint8 (B, H, W, D) on the CPU.
+    """
+    import cv2  # of the bench extra
+
+    batch, height, width = labels.shape
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (settings.opening, settings.opening))
     square = cv2.getStructuringElement(cv2.MORPH_RECT, (settings.closing, settings.closing))
-    axes = [torch.arange(side, dtype=torch.float32, device=volumes.device) for side in (height, width)]
+    axes = [torch.arange(side, dtype=torch.float32, device=labels.device) for side in (height, width)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     out = np.zeros((batch, height, width, depth), np.uint8)
 
     def moved(current: np.ndarray, flow: Tensor) -> np.ndarray:
         position = grid + flow
         normalised = torch.stack([2 * position[1] / (width - 1) - 1, 2 * position[0] / (height - 1) - 1], -1)
-        moving = torch.from_numpy(current).to(volumes.device, torch.float32)[None, None]
-        return F.grid_sample(moving, normalised[None], "nearest", align_corners=True)[0, 0].cpu().numpy() > 0.5
+        moving = torch.from_numpy(current).to(labels.device, torch.float32)[None, None]
+        warped = F.grid_sample(moving, normalised[None], "nearest", align_corners=True)[0, 0]
+        return warped.to(torch.uint8).cpu().numpy()
 
     def cleaned(current: np.ndarray, distance: int) -> np.ndarray:
-        components = sitk.ConnectedComponent(sitk.GetImageFromArray(current.astype(np.uint8)), True)
+        components = sitk.ConnectedComponent(sitk.GetImageFromArray(current), True)
         current = sitk.GetArrayFromImage(sitk.RelabelComponent(components, sortByObjectSize=True) == 1)
         far = distance > settings.far_distance
         times = settings.far_iterations if far else 1
@@ -97,16 +105,27 @@ def slice_chain(network, volumes: Tensor, annotation: Tensor, index: Tensor, set
         return cv2.morphologyEx(current, cv2.MORPH_CLOSE, square) if far else current
 
     for b, start in enumerate(index.tolist()):
-        out[b, :, :, start] = annotation[b].cpu().numpy()
+        out[b, :, :, start] = labels[b].cpu().numpy()
         for step, stop in ((1, depth), (-1, -1)):
             current = out[b, :, :, start].copy()
             for z in range(start + step, stop, step):
-                moving, fixed = volumes[b, None, None, :, :, z - step], volumes[b, None, None, :, :, z]
-                with torch.no_grad():
-                    flow = network(moving.contiguous(), fixed.contiguous())[0]
-                current = cleaned(moved(current, flow), abs(z - start))
+                current = cleaned(moved(current, flow_of(b, z - step, z)), abs(z - start))
                 out[b, :, :, z] = current
-    return restore_annotation(torch.from_numpy(out).to(volumes.device), annotation.to(volumes.device), index)
+    return torch.from_numpy(out)
+
+
+def carried_labels(network, volumes: Tensor, annotation: Tensor, index: Tensor,
+                   settings: RegistrationSettings) -> Tensor:
+    """Step 2, the network run slice by slice."""
+
+    @torch.no_grad()
+    def flow_of(volume: int, z: int, to: int) -> Tensor:
+        moving, fixed = volumes[volume, None, None, :, :, z], volumes[volume, None, None, :, :, to]
+        return network(moving.contiguous(), fixed.contiguous())[0]
+
+    annotation = annotation.to(volumes.device)
+    labels = slice_chain(flow_of, annotation, index, volumes.shape[-1], settings)
+    return restore_annotation(labels.to(volumes.device), annotation, index)
 
 
 def least_uncertain(outputs: list[Tensor], keep: int) -> Tensor:
@@ -134,12 +153,10 @@ def contrastive_n_by_n(a: Tensor, b: Tensor, n: Tensor, logits_a: Tensor, logits
 
 
 def joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
-    """METHOD's steps 1 to 10 on the same random numbers as ``engine.step.joint_iteration``; returns the losses."""
-    with backend("reference"):
-        return _joint_iteration(state, batch)
+    """METHOD's steps 1 to 10 on the same random numbers as ``engine.step.joint_iteration``; returns the losses.
 
-
-def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
+    To be called under ``backend("reference")``, which takes time to enter.
+    """
     config, t = state.config, state.iteration
     registration, selection, training = config.registration, config.selection, config.training
     torch.manual_seed(seed_for(training.seed, 2, t))
@@ -152,7 +169,7 @@ def _joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
         return registration_steps(state.registration, state.adam, volumes, labels, pairs, registration, None)
 
     loss_registration = steps(volumes, None)  # 1
-    label_reg = slice_chain(state.registration, volumes[:labeled], annotation, index, registration)  # 2
+    label_reg = carried_labels(state.registration, volumes[:labeled], annotation, index, registration)  # 2
 
     logits_s = state.student(image)[:labeled]  # 3
     with torch.no_grad():

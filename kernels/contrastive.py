@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import block_of, grid_of, merge, plane
+from spss_fast.kernels.planes import block_of, grid_of, merge, softmax
 from torch import Tensor
 
 from spss_fast.ops import checks
@@ -28,15 +28,7 @@ def _confidence(
     """key: confidence in the upper 32 bits, the complement of the index below, so that no two are equal; -1 for NaN."""
     batch, voxel, inside = block_of(voxels, BLOCK)
     source = logits + batch * logits_b + voxel * logits_v
-    top = tl.load(source, inside, 0.0).to(tl.float32)
-    best = tl.zeros([BLOCK], tl.int32)
-    for c in range(1, CHANNELS):
-        x = tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32)
-        best = tl.where(x > top, c, best)
-        top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
-    norm = tl.zeros_like(top)
-    for c in range(CHANNELS):
-        norm += tl.exp(tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32) - top)
+    _, norm, best = softmax(source, logits_c, inside, CHANNELS)
     confidence = 1.0 / norm
     index = batch * voxels + voxel
     bits = confidence.to(tl.int32, bitcast=True).to(tl.int64) << 32
@@ -162,8 +154,9 @@ def contrastive_loss(
         checks.has_shape(name, other, a.shape, "a", a)
     for name, logits in (("logits_a", logits_a), ("logits_n", logits_n)):
         checks.has_shape(name, logits, (a.shape[0], logits_a.shape[1], *a.shape[2:]), "a", a)
-    grads = [torch.zeros_like(x, dtype=torch.float32) if with_grad else x.new_empty(0, dtype=torch.float32)
+    grads = [torch.empty_like(x, dtype=torch.float32) if with_grad else x.new_empty(0, dtype=torch.float32)
              for x in (a, b, n)]
+    grads[2].zero_()  # of the others every voxel is written, of this only prototypes
     if not a.numel():
         return (a.new_full((), torch.nan, dtype=torch.float32), *grads)
     rows_a, rows_b, rows_n = (merge(x) for x in (a, b, n))

@@ -9,31 +9,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import block_of, grid_of, merge, plane
+from spss_fast.kernels.planes import block_of, grid_of, merge, plane, probability, softmax
 from torch import Tensor
 
 from spss_fast.ops import checks
 
 BLOCK = 1024
 SMOOTH = 1e-5
-
-
-@triton.jit
-def _softmax(source, stride, inside, CHANNELS: tl.constexpr):
-    """Top and sum of exponentials: the softmax is exp(x - top) / sum."""
-    top = tl.load(source, inside, 0.0).to(tl.float32)
-    for c in range(1, CHANNELS):
-        x = tl.load(plane(source, c, stride), inside, 0.0).to(tl.float32)
-        top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
-    norm = tl.zeros_like(top)
-    for c in range(CHANNELS):
-        norm += tl.exp(tl.load(plane(source, c, stride), inside, 0.0).to(tl.float32) - top)
-    return top, norm
-
-
-@triton.jit
-def _probability(source, c, stride, inside, top, norm):
-    return tl.exp(tl.load(plane(source, c, stride), inside, 0.0).to(tl.float32) - top) / norm
 
 
 @triton.jit
@@ -47,7 +29,7 @@ def _forward(
     out = partial + tl.program_id(0).to(tl.int64) * (2 + 4 * CHANNELS)
     label = tl.load(target + batch * voxels + voxel, inside, 0)
     w = tl.load(weight + batch * voxels + voxel, inside, 0).to(tl.float32)
-    top, norm = _softmax(source, logits_c, inside, CHANNELS)
+    top, norm, _ = softmax(source, logits_c, inside, CHANNELS)
     # A label that is no class makes the loss NaN: the host learns of it without waiting.
     is_class = (label >= 0) & (label < CHANNELS)
     at_label = tl.load(plane(source, label, logits_c), inside & is_class, 0.0).to(tl.float32)
@@ -55,14 +37,14 @@ def _forward(
     if ON_PROBABILITIES:
         second = tl.zeros_like(top)
         for c in range(CHANNELS):
-            second += tl.exp(_probability(source, c, logits_c, inside, top, norm))
+            second += tl.exp(probability(source, c, logits_c, inside, top, norm))
         ce = tl.log(second) - tl.exp(at_label - top) / norm
     else:
         ce = top + tl.log(norm) - at_label
     tl.store(out, tl.sum(tl.where(inside, w * ce, 0.0)))
     tl.store(out + 1, tl.sum(w))
     for c in range(CHANNELS):
-        p = _probability(source, c, logits_c, inside, top, norm)
+        p = probability(source, c, logits_c, inside, top, norm)
         here = (label == c).to(tl.float32)
         hit = tl.where(inside, p * here, 0.0)
         size = tl.where(inside, p * p + here, 0.0)
@@ -97,19 +79,19 @@ def _backward(
     label = tl.load(target + batch * voxels + voxel, inside, 0)
     w = tl.load(weight + batch * voxels + voxel, inside, 0).to(tl.float32)
     ce = tl.load(ce_slope + batch) * w
-    top, norm = _softmax(source, logits_c, inside, CHANNELS)
+    top, norm, _ = softmax(source, logits_c, inside, CHANNELS)
     second = tl.full([BLOCK], 1.0, tl.float32)
     if ON_PROBABILITIES:
         second -= 1.0
         for c in range(CHANNELS):
-            second += tl.exp(_probability(source, c, logits_c, inside, top, norm))
+            second += tl.exp(probability(source, c, logits_c, inside, top, norm))
     mean = tl.zeros_like(top)
     for c in range(CHANNELS):
-        p = _probability(source, c, logits_c, inside, top, norm)
+        p = probability(source, c, logits_c, inside, top, norm)
         here = (label == c).to(tl.float32)
         mean += p * _slope(p, here, w, tl.exp(p) / second, ce, slopes, c, ON_PROBABILITIES)
     for c in range(CHANNELS):
-        p = _probability(source, c, logits_c, inside, top, norm)
+        p = probability(source, c, logits_c, inside, top, norm)
         here = (label == c).to(tl.float32)
         result = p * (_slope(p, here, w, tl.exp(p) / second, ce, slopes, c, ON_PROBABILITIES) - mean)
         if not ON_PROBABILITIES:

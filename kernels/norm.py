@@ -245,9 +245,9 @@ def batch_norm_relu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight, bias, grad=grad, mean=mean, variance=variance)
     x = dense(x)
-    dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
     if not x.numel():
-        return dx, dweight, dbias
+        return dx, dweight.zero_(), dbias.zero_()
     source, upstream, target = merge(x), merge(grad), merge(dx)
     run = _Launch(source, PROGRAMS[1])
     weight, bias, mean, variance = (t.contiguous() for t in (weight, bias, mean, variance))

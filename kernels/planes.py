@@ -17,6 +17,32 @@ def plane(voxel_0, c, stride):
 
 
 @triton.jit
+def logit(source, c, stride, inside):
+    """float32 logits of class c, given where those of class 0 are."""
+    return tl.load(plane(source, c, stride), inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def softmax(source, stride, inside, CHANNELS: tl.constexpr):
+    """Top, sum of exponentials, and class of the top, the first of equals: the softmax is exp(x - top) / sum."""
+    top = logit(source, 0, stride, inside)
+    best = tl.zeros(top.shape, tl.int32)
+    for c in range(1, CHANNELS):
+        x = logit(source, c, stride, inside)
+        best = tl.where(x > top, c, best)
+        top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
+    norm = tl.zeros_like(top)
+    for c in range(CHANNELS):
+        norm += tl.exp(logit(source, c, stride, inside) - top)
+    return top, norm, best
+
+
+@triton.jit
+def probability(source, c, stride, inside, top, norm):
+    return tl.exp(logit(source, c, stride, inside) - top) / norm
+
+
+@triton.jit
 def block_of(voxels, BLOCK: tl.constexpr):
     """Batch element of this program, its voxels, and which of them there are."""
     blocks = (voxels - 1) // BLOCK + 1  # tl.cdiv would leave 32 bits for the last sizes that fit them

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import block_of, grid_of, merge, merges, plane
+from spss_fast.kernels.planes import block_of, grid_of, merge, merges, plane, probability, softmax
 from torch import Tensor
 
 from spss_fast.ops import checks
@@ -28,15 +28,9 @@ def _accumulate(
     batch, voxel, inside = block_of(voxels, BLOCK)
     source = logits + batch * logits_b + voxel * logits_v
     target = total + batch * total_b + voxel * total_v
-    top = tl.load(source, inside, 0.0).to(tl.float32)
-    for c in range(1, CHANNELS):
-        x = tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32)
-        top = tl.maximum(top, x, propagate_nan=tl.PropagateNan.ALL)
-    norm = tl.zeros_like(top)
+    top, norm, _ = softmax(source, logits_c, inside, CHANNELS)
     for c in range(CHANNELS):
-        norm += tl.exp(tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32) - top)
-    for c in range(CHANNELS):
-        p = tl.exp(tl.load(plane(source, c, logits_c), inside, 0.0).to(tl.float32) - top) / norm
+        p = probability(source, c, logits_c, inside, top, norm)
         at = plane(target, c, total_c)
         tl.store(at, tl.load(at, inside, 0.0) + p, inside)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spss_fast.ops.backends import active
+
 
 @pytest.fixture
 def harness(monkeypatch):
@@ -58,7 +60,8 @@ def test_files(harness, tmp_path):
     assert [path.name for path in written] == ["warp-cpu.json", "warp-cpu.md", "warp-cpu.png"]
     body = json.loads(written[0].read_text())
     assert body["copy_bandwidth"] == 12e6 and len(body["rows"]) == 5 and body["rows"][-1]["fastest"] == 0.1
-    assert "elements^1.00" in written[1].read_text() and written[2].stat().st_size > 1000
+    text = written[1].read_text()
+    assert harness.LEGEND in text and "elements^1.00" in text and written[2].stat().st_size > 1000
 
 
 def _result(run):
@@ -71,6 +74,14 @@ def test_a_benchmark_alone_runs_in_a_process_of_its_own(harness):
         assert run.ask(_result) not in (None, os.getpid())
     with harness.alone("cpu", functools.partial, torch.mm, torch.ones(2, 3), torch.ones(3, 5)) as run:
         assert harness.count_flops(run) == 2 * 2 * 3 * 5
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # in another process, and in this one
+def test_a_backend_is_entered_around_a_benchmark(harness, device):
+    before = active("warp", "cpu")
+    with harness.alone(device, functools.partial, active, "warp", "cpu", prefer="reference") as run:
+        assert (run.ask(_result) if device == "cpu" else run()) == "reference"
+    assert active("warp", "cpu") == before
 
 
 def test_a_benchmark_that_fails_alone_ends(harness, capfd):

@@ -344,10 +344,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(
   check_contrastive_loss(a, b, n, logits_a, logits_n, k, temperature);
   const auto options = a.options().dtype(compute_type(a));
   const auto gradient = [&](const at::Tensor& x) {
-    return with_grad ? at::zeros_like(x, options) : at::empty({0}, options);
+    return with_grad ? at::empty_like(x, options) : at::empty({0}, options);
   };
   const at::Tensor loss = at::full({}, std::numeric_limits<double>::quiet_NaN(), options);
   const at::Tensor grad_a = gradient(a), grad_b = gradient(b), grad_n = gradient(n);
+  grad_n.zero_();  // of the others every voxel is written, of this only prototypes
   if (a.numel() == 0) return {loss, grad_a, grad_b, grad_n};
 
   const auto [indices, counts] = select_prototypes(logits_n, k);

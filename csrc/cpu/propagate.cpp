@@ -13,8 +13,6 @@
 namespace spss {
 namespace {
 
-
-
 struct Alone {
   static constexpr int rank = 0, size = 1;
 

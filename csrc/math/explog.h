@@ -1,6 +1,6 @@
 // exp and log as plain arithmetic: unlike the C library's, loops over them become vector code on every machine.
 //
-// float: within 2 units in the last place. double, and float on a GPU, use the C library.
+// float: within 2 units in the last place. double uses the C library.
 #pragma once
 
 #include <bit>
@@ -10,10 +10,6 @@
 
 namespace spss {
 
-#if defined(__CUDA_ARCH__)
-SPSS_HD float fast_exp(float x) { return ::expf(x); }
-SPSS_HD float fast_log(float x) { return ::logf(x); }
-#else
 // For x <= 88; below -87, where results would be denormal, 0. NaN stays NaN.
 SPSS_HD float fast_exp(float x) {
   constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer in the lowest bits
@@ -49,7 +45,6 @@ SPSS_HD float fast_log(float x) {
   y += e * 0.693359375f;
   return x > 0.f ? y : std::numeric_limits<float>::quiet_NaN();
 }
-#endif
 
 SPSS_HD double fast_exp(double x) { return ::exp(x); }
 SPSS_HD double fast_log(double x) { return ::log(x); }

@@ -155,6 +155,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.dtypes = [x.dtype for x in inputs[:3]]
     ctx.computed = inputs[-1]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
     ctx.save_for_backward(*output[1:])
 
 
@@ -163,7 +164,7 @@ def _backward(ctx, grad, *_):
         raise NotImplementedError(
             "contrastive_loss is differentiable once; second derivatives need spss_fast.ops.backend('reference')"
         )
-    if not ctx.computed:
+    if grad is None or not ctx.computed:
         return (None,) * 9
     gradients = [
         (grad * saved).to(dtype) if needed else None

@@ -142,13 +142,16 @@ def _fake_backward(grad: Tensor, logits: Tensor, *_: object) -> Tensor:
 def _save(ctx, inputs, output) -> None:
     logits, target, weight, *ctx.rest = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
     ctx.save_for_backward(logits, target, weight, output[1])
 
 
 def _gradient(backward: str):
-    def gradient(ctx, grad: Tensor, _: Tensor | None):
-        operator = getattr(torch.ops.spss_fast, backward)
-        return operator(grad, *ctx.saved_tensors, *ctx.rest), *[None] * (2 + len(ctx.rest))
+    def gradient(ctx, grad: Tensor | None, _: None):
+        others = [None] * (2 + len(ctx.rest))
+        if grad is None:
+            return None, *others
+        return getattr(torch.ops.spss_fast, backward)(grad, *ctx.saved_tensors, *ctx.rest), *others
 
     return gradient
 

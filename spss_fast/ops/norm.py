@@ -122,10 +122,13 @@ def _save(ctx, inputs, output) -> None:
     x, weight, bias, skip, mean, _, ctx.eps = inputs
     ctx.with_skip, ctx.batch_statistics = skip is not None, mean is None
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
     ctx.save_for_backward(x, weight, bias, *output[1:])
 
 
-def _gradient(ctx, grad: Tensor, *_: Tensor | None):
+def _gradient(ctx, grad: Tensor | None, *_: None):
+    if grad is None:
+        return (None,) * 7
     gradients = torch.ops.spss_fast.batch_norm_relu_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.batch_statistics)
     return *gradients, grad if ctx.with_skip else None, None, None, None
 

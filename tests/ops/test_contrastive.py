@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -9,8 +10,6 @@ from torch.nn import functional as F
 from spss_fast.ops import backend, contrastive_loss, select_prototypes
 from spss_fast.ops.backends import available
 from spss_fast.ops.contrastive import reference_contrastive_loss
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=available("contrastive", DEVICE), autouse=True, scope="module")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE
 
 from spss_fast.ops import (
     accumulate_softmax,
@@ -22,7 +23,6 @@ from spss_fast.ops import (
 )
 from spss_fast.ops.backends import available
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COPIES = 2**15 + 1  # of a volume of 2^16 elements or more
 LIMITS = [  # of a container's memory: cgroups 2 and 1
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),

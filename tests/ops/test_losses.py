@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from devices import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spss_fast.ops import backend, masked_ce_dice, weighted_ce_dice
 from spss_fast.ops.backends import available
 from spss_fast.ops.losses import reference_masked_ce_dice, reference_weighted_ce_dice
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(params=available("losses", DEVICE), autouse=True, scope="module")

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from devices import DEVICES
 from operator_cases import CASES, LAYOUTS, TOLERANCE, differentiate, spread
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spss_fast.ops import backend
 from spss_fast.ops.backends import PARTS, active, available
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 COMPUTED = [
     pytest.param(case, device, name, id=f"{case.name}-{device}-{name}")
     for case in CASES
@@ -85,6 +86,32 @@ def test_opcheck(case, device):
     for overload, arguments in case.raw(*inputs):
         results = torch.library.opcheck(overload, arguments)
         assert set(results.values()) == {"SUCCESS"}
+
+
+class Names(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        self.seen.append(operator._opname)
+        return operator(*arguments, **named or {})
+
+
+@pytest.mark.parametrize("case, device", [p for p in ON_DEVICE if p.values[0].gradients and computed(*p.values)])
+def test_backward_makes_no_zeros_for_outputs_without_a_gradient(case, device):
+    inputs = case.inputs(case.shapes[0], torch.float32, device)
+    inputs = [t.requires_grad_() if t.is_floating_point() else t for t in inputs]
+    for overload, arguments in case.raw(*inputs) if case.raw else ():
+        outputs = overload(*arguments)
+        first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+        if leaves:
+            with Names() as names:
+                torch.autograd.grad(first, leaves, torch.ones_like(first), allow_unused=True)
+            assert names.seen and not {"zeros", "new_zeros", "zeros_like"} & set(names.seen)
 
 
 def test_every_raw_operator_is_checked():

@@ -4,16 +4,18 @@ import contextlib
 
 import pytest
 import torch
+from devices import DEVICE
 from torch import nn
 from torch.nn import functional as F
 
 from spss_fast.ops import backend, batch_norm_relu
 from spss_fast.ops.backends import available
 
+BACKENDS = available("norm", DEVICE)
 
-def parameters(channels, dtype=torch.float32):
-    return [torch.ones(channels, dtype=dtype), torch.zeros(channels, dtype=dtype),
-            torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)]
+
+def parameters(channels, dtype=torch.float32, device="cpu"):
+    return [make(channels, dtype=dtype, device=device) for make in (torch.ones, torch.zeros, torch.zeros, torch.ones)]
 
 
 def test_is_torchs_module_with_relu_and_moves_its_running_statistics():
@@ -71,7 +73,7 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
 
 def last(*shape):
     """Channels last, in any number of dimensions; ``shape`` names them last, too."""
-    return torch.randn(shape).movedim(-1, 1)
+    return torch.randn(shape, device=DEVICE).movedim(-1, 1)
 
 
 STRIDED = {
@@ -79,36 +81,38 @@ STRIDED = {
     "a slice whose runs are short": lambda: last(2, 7, 5, 9, 6)[..., 1:-1],
     "long runs along two axes": lambda: last(2, 5, 9, 50, 6)[..., 1:, 2:-2, 1:-1],
     "some of the channels": lambda: last(2, 7, 5, 9, 8)[:, 1:7],
-    "every other volume, contiguous": lambda: torch.randn(6, 6, 7, 8, 9)[::2],
+    "every other volume, contiguous": lambda: torch.randn(6, 6, 7, 8, 9, device=DEVICE)[::2],
     "channels last in one dimension": lambda: last(3, 700, 6),
     "an expanded axis": lambda: last(3, 1, 60, 6).expand(3, 6, 4, 60),
-    "axes in another order": lambda: torch.randn(4, 3, 2, 5, 6).permute(0, 4, 2, 1, 3),
+    "axes in another order": lambda: torch.randn(4, 3, 2, 5, 6, device=DEVICE).permute(0, 4, 2, 1, 3),
 }
 
 
-@pytest.mark.parametrize("name", available("norm", "cpu"))
+@pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("kind", STRIDED)
 def test_strided_inputs_give_what_their_copies_give(kind, name):
     torch.manual_seed(0)
     x = STRIDED[kind]()
-    skip, grad = torch.randn(2, *x.shape)
+    skip, grad = torch.randn(2, *x.shape, device=DEVICE)
     results = []
     for given in (x, x.contiguous()):
-        leaves = [given.detach().requires_grad_(), *(value.requires_grad_() for value in parameters(6)[:2])]
+        weight, bias = parameters(6, device=DEVICE)[:2]
+        leaves = [value.detach().requires_grad_() for value in (given, weight, bias)]
         with backend(name):
             y = batch_norm_relu(*leaves, None, None, True, skip=skip)
         results.append([y, *torch.autograd.grad(y, leaves, grad)])
     for actual, expected in zip(*results):
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 if DEVICE == "cpu" else 1e-4)
     y = results[0][0]
     if name != "reference":
         assert y.movedim(1, -1).is_contiguous() if x.stride(1) == 1 else y.is_contiguous()
 
 
+@pytest.mark.skipif(BACKENDS[0] == "reference", reason="the operator has no backend here")
 @pytest.mark.parametrize("kind", STRIDED)
 def test_compile_is_told_the_strides_of_strided_inputs(kind):
     x = STRIDED[kind]()
-    weight, bias = (value.requires_grad_() for value in parameters(6)[:2])
+    weight, bias = (value.requires_grad_() for value in parameters(6, device=DEVICE)[:2])
     results = torch.library.opcheck(
         torch.ops.spss_fast.batch_norm_relu.default, (x.detach().requires_grad_(), weight, bias, None, None, None, 1e-5)
     )
@@ -116,19 +120,20 @@ def test_compile_is_told_the_strides_of_strided_inputs(kind):
 
 
 def test_triton_programs_that_add_up_several_tiles(monkeypatch):
-    if "triton" not in available("norm", "cpu"):
+    if "triton" not in BACKENDS:
         pytest.skip("Triton's interpreter is off, or Triton is not installed")
     from spss_fast.kernels import norm as kernels
 
     monkeypatch.setattr(kernels, "TILE", 64)
     monkeypatch.setattr(kernels, "PROGRAMS", (6, 6))  # 3 a volume: 8 tiles of 16 voxels each, the last of all in part
     torch.manual_seed(0)
-    x = 3 + torch.randn(2, 3, 9, 13, 3, dtype=torch.float64)
+    x = 3 + torch.randn(2, 3, 9, 13, 3, dtype=torch.float64, device=DEVICE)
     results = []
     for name in ("triton", "reference"):
-        leaves = [t.clone().requires_grad_() for t in (x, *parameters(3, torch.float64)[:2])]
+        weight, bias, *running = parameters(3, torch.float64, DEVICE)
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
         with backend(name):
-            y = batch_norm_relu(*leaves, *parameters(3, torch.float64)[2:], True)
+            y = batch_norm_relu(*leaves, *running, True)
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     for actual, expected in zip(*results):
         torch.testing.assert_close(actual, expected)

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from devices import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,6 @@ from spss_fast.ops import accumulate_softmax, backend, uncertainty_mask
 from spss_fast.ops.backends import available
 from spss_fast.ops.uncertainty import reference_accumulate_softmax, reference_uncertainty_mask
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = available("uncertainty", DEVICE)
 
 
