@@ -56,8 +56,9 @@ def _entropy(
         value -= p * tl.log(p + EPSILON)
     tl.store(result + batch * voxels + voxel, value, inside)
     bins = tl.histogram((_key(value) >> 24).to(tl.int32), BINS, mask=inside)
-    tl.atomic_add(histogram + tl.arange(0, BINS), bins, sem="relaxed")
-    tl.atomic_add(missing, tl.sum((inside & (value != value)).to(tl.int32)), sem="relaxed")
+    tl.atomic_add(histogram + tl.arange(0, BINS), bins, mask=bins > 0, sem="relaxed")
+    nans = tl.sum((inside & (value != value)).to(tl.int32))
+    tl.atomic_add(missing, nans, mask=nans > 0, sem="relaxed")
 
 
 @triton.jit

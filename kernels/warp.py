@@ -165,9 +165,9 @@ def _backward(
             if IMAGE:
                 if FIXED:
                     units = tl.floor(upstream.to(tl.float64) * tl.load(scale) + 0.5).to(tl.int64)
-                    tl.atomic_add(target + nz + ny + nx, units, inside)
+                    tl.atomic_add(target + nz + ny + nx, units, inside, sem="relaxed")
                 else:
-                    tl.atomic_add(target + nz + ny + nx, upstream, inside)
+                    tl.atomic_add(target + nz + ny + nx, upstream, inside, sem="relaxed")
         else:
             for bits in tl.static_range(4 if PLANAR else 8):
                 wx, wy = wx1 if bits & 1 else wx0, wy1 if bits & 2 else wy0
@@ -179,9 +179,9 @@ def _backward(
                     share = upstream * wx * wy * wz
                     if FIXED:
                         units = tl.floor(share.to(tl.float64) * tl.load(scale) + 0.5).to(tl.int64)
-                        tl.atomic_add(target + to, units, mask & (share != 0))
+                        tl.atomic_add(target + to, units, mask & (share != 0), sem="relaxed")
                     else:
-                        tl.atomic_add(target + to, share, mask & (share != 0))
+                        tl.atomic_add(target + to, share, mask & (share != 0), sem="relaxed")
                 if SHIFT:
                     at = (x1 if bits & 1 else x0) + (y1 if bits & 2 else y0) + (z1 if bits & 4 else z0)
                     value = upstream * tl.load(source + at, mask, 0.0).to(pz.dtype)
