@@ -187,6 +187,7 @@ def contrastive_loss(
         anchors, voxels, width, classes, EPSILON, temperature, 1 / anchors,
         *rows_a.stride(), *rows_b.stride(), *strides,
         BOTH=bidirectional, WITH_GRAD=with_grad, BANK=bank, WIDTH=wide, ANCHORS=ANCHORS,
+        num_warps=min(16, max(4, bank * wide // 2**11)),  # of a bank and its gradient, 64 registers a thread each
     )
     if with_grad:
         to_unit = grad_banks.sum(0)[:, :k, :width].reshape(-1, width)

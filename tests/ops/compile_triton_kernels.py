@@ -39,11 +39,12 @@ def compile_instead(kernel, *arguments, grid, warmup, **named):
     constants = {p.name: values[p.name] for p in kernel.params if p.is_constexpr or is_one(values[p.name])}
     signature = {name: "constexpr" if name in constants else type_of(values[name]) for name in kernel.arg_names}
     places = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
-    key = f"{kernel.__module__}.{kernel.__name__} {signature} {constants}"
+    options = {"num_warps": named["num_warps"]} if "num_warps" in named else {}
+    key = f"{kernel.__module__}.{kernel.__name__} {signature} {constants} {options}"
     if key in compiled:
         return
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=places)
-    code = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32))
+    code = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
     assert len(code.asm["cubin"]) > 0
     compiled.add(key)
 

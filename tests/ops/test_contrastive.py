@@ -58,6 +58,20 @@ def test_vectors(vectors):
                 torch.testing.assert_close(grad, v[f"{i}_{name}_grad_{of}"].to(grad.dtype), rtol=1e-4, atol=1e-5)
 
 
+def test_the_largest_bank_of_the_triton_kernel(each_backend):
+    """2^15 numbers; a larger one is refused there."""
+    inputs = case(5, (1, 64, 700))
+    loss, grads = gradients(inputs[0], *inputs[1], 512)
+    with backend("reference"):
+        expected, of_expected = gradients(inputs[0], *inputs[1], 512)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for actual, e in zip(grads, of_expected):
+        torch.testing.assert_close(actual, e, rtol=1e-3, atol=1e-6)
+    if each_backend == "triton":
+        with pytest.raises(ValueError, match=r"^k: 513 prototypes of 64 features do not fit"):
+            contrastive_loss(*inputs[0], *inputs[1], 513)
+
+
 def test_equals_the_n_by_n_formulation():
     features, logits = case(0)
     loss, grads = gradients(features, *logits, 7)
