@@ -396,7 +396,7 @@ def test_labels_by_distance_pool_the_volumes():
     worse[0, :, 1] = False
     examples = [
         gallery.Example("a", "", {}, np.zeros((4, 1, 5)), (1, 1, 1), {"registration": mask, "reference": reference},
-                        None, 2)
+                        None, False, 2)
         for mask in (reference, worse)
     ]
     np.testing.assert_allclose(charts.dice_by_distance(examples)["registration"], [1, 2 * 7 / 15])

@@ -42,9 +42,9 @@ class Example:
     spacing: tuple[float, float, float]
     masks: dict[str, np.ndarray]
     entropy: np.ndarray | None  # (H, W, D) float32; None before any joint iteration
+    head_last: bool  # whether axis 1 runs to the patient's head, as in coronal and sagittal slices
     annotated: int | None = None
     slices: list[tuple[int, str]] = field(default_factory=list)  # slice, and why this one
-    head_last: bool = False  # whether axis 1 runs to the patient's head, as in coronal and sagittal slices
 
 
 @dataclass
@@ -183,7 +183,7 @@ def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: 
     if case.has_full_label:
         masks["reference"] = case.full_label() > 0
     scores = (record.evaluation or {}).get(case.name, {})
-    example = Example(case.name, rank, scores, case.image, case.spacing, masks, entropy)
+    example = Example(case.name, rank, scores, case.image, case.spacing, masks, entropy, _head_last(case))
     if "reference" in masks:
         doubt, why, whole = masks["prediction"] ^ masks["reference"], "largest disagreement", "reference"
     else:
@@ -213,8 +213,8 @@ def _annotated_example(
     if full is not None:
         masks["reference"] = full > 0
     example = Example(
-        case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, masks, entropy, index,
-        head_last=_head_last(case),
+        case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, masks, entropy,
+        _head_last(case), index,
     )
     example.slices = [(index, "annotated")]
     other = masks.get("reference", masks.get("prediction"))
