@@ -49,9 +49,14 @@ class Parser(argparse.ArgumentParser):
             flag = message.removeprefix(unknown).split()[0].split("=")[0]
             # without the dashes, which all have in common
             known = {option.lstrip("-"): option for action in self._actions for option in action.option_strings}
-            close = difflib.get_close_matches(flag.lstrip("-"), known, 1)
-            hint = f"did you mean {known[close[0]]}?" if close else "--help lists them"
+            typed = flag.lstrip("-")
+            close = difflib.get_close_matches(typed, known)
+            # of near ones that which begins alike: --iters is --iterations and not --filters
+            best = max(close, key=lambda name: sum(map(str.__eq__, name, typed)), default=None)
+            hint = f"did you mean {known[best]}?" if best else "--help lists them"
             message = f"unknown flag {flag}: {hint}"
+            if not flag.startswith("-"):
+                message = f"{flag} belongs to no flag: lists are written with commas, like 1,2"
         elif choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             close = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), 1)
             message += f": did you mean {close[0]}?" if close else ""

@@ -183,7 +183,9 @@ def _claim(out: Path, record: dict[str, Any], outputs: list[Path], overwrite: bo
     path = out / RECORD
     try:
         out.mkdir(parents=True, exist_ok=True)
-        foreign = [] if path.exists() else sorted(file for file in out.iterdir() if ending(file))
+        below = [folder for folder in out.iterdir() if folder.is_dir() and not (folder / RECORD).exists()]
+        images = (file for folder in (out, *below) for file in folder.iterdir() if ending(file))
+        foreign = [] if path.exists() else sorted(images)
         if foreign:
             raise UserError(f"{foreign[0]} is there already and no prediction (no {RECORD} beside it): choose another "
                             "folder")

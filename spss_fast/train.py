@@ -75,6 +75,7 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
     precision = "float32" if amp is None else str(amp).removeprefix("torch.")
     console.print(f"{dataset.summary()}; {device}, {precision}, {loader} loader; run folder {out}",
                   highlight=False, soft_wrap=True)
+    again = f"python -m spss_fast.train --out {out} --resume"
     try:
         with determinism(config.training.deterministic):
             pretrain_registration(state, dataset, folder, console)
@@ -84,12 +85,12 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
             console.print(f"peak memory: {peak / 2**30:.2f} GiB", highlight=False)
         console.print(f"done; {_next_step(dataset, out)}", highlight=False, soft_wrap=True)
     except Abandoned:
-        console.print(f"stopped amid an iteration: --out {out} --resume goes on from the last checkpoint",
-                      highlight=False, soft_wrap=True)
+        console.print(f"stopped at once; go on from the last checkpoint with: {again}", highlight=False, soft_wrap=True)
         raise
     except KeyboardInterrupt:
         checkpoint.save(state, folder.checkpoint)
-        console.print(f"stopped at iteration {state.iteration}: --out {out} --resume goes on from here")
+        where = f"iteration {state.iteration}" if state.iteration else f"epoch {state.epoch} of stage 1"
+        console.print(f"stopped after {where}; go on with: {again}", highlight=False, soft_wrap=True)
         raise
     finally:
         folder.close()
@@ -107,7 +108,7 @@ def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, con
         closing(batches(sampler, state.device, state.epoch * per_epoch, config.data.loader)) as loader,
     ):
         while state.epoch < epochs:
-            with uninterrupted(console):
+            with uninterrupted(console, "epoch"):
                 loss = float(registration_epoch(state, islice(loader, per_epoch)))
                 _refuse_divergence(config, f"epoch {state.epoch} of stage 1", loss_registration=loss)
                 folder.log("registration", state.epoch, {"loss": loss})

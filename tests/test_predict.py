@@ -163,6 +163,9 @@ def test_files_that_no_prediction_wrote_are_never_replaced(run, tmp_path):
     write_image(tmp_path / "more" / "b.nii.gz", ball()[0])  # into a folder of other scans, where no name clashes
     with pytest.raises(UserError, match=r"a\.nii\.gz is there already and no prediction"):
         _predict(tmp_path / "more", tmp_path / "imagesTr", run)
+    write_image(tmp_path / "cases" / "a" / "image.nii.gz", ball()[0])  # with folders of its own
+    with pytest.raises(UserError, match=r"image\.nii\.gz is there already and no prediction"):
+        _predict(tmp_path / "more", tmp_path / "cases", run)
     assert (tmp_path / "labelsTr" / "a.nii.gz").read_bytes() == before
     assert not (tmp_path / "labelsTr" / "predict.json").exists()
 

@@ -315,7 +315,8 @@ def test_a_second_interrupt_stops_at_once_and_keeps_the_last_checkpoint(
     assert (content["epoch"], content["iteration"]) == (settings["registration_epochs"], 0)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     shown = capsys.readouterr().out
-    assert "stopping after this iteration" in shown and "--resume goes on from the last checkpoint" in shown
+    assert "stopping after this iteration" in shown
+    assert f"go on from the last checkpoint with: python -m spss_fast.train --out {tmp_path / 'run'} --resume" in shown
 
 
 def test_where_interrupts_are_ignored_they_stay_so(interruptible):
@@ -387,6 +388,8 @@ def test_an_old_run_is_not_overwritten(settings, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--datset", "la"], "unknown flag --datset: did you mean --dataset?"),
+    (["--iters", "6"], "unknown flag --iters: did you mean --iterations?"),
+    (["--window", "-160", "240"], "240 belongs to no flag: lists are written with commas"),
     (["--dataset", "brats"], "invalid choice: 'brats'"),
     (["--dataset", "la"], "--data-dir"),
     (["--dataset", "la", "--data-dir", "nowhere"], "the data folder nowhere does not exist"),

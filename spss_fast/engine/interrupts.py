@@ -15,8 +15,9 @@ class Abandoned(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def uninterrupted(console: Console) -> Iterator[None]:
-    """Put an interrupt (SIGINT) off to the end of the block, and say so; a second one comes at once, as ``Abandoned``.
+def uninterrupted(console: Console, what: str = "iteration") -> Iterator[None]:
+    """Put an interrupt (SIGINT) off to the end of the block, and say that this ``what`` is finished first; a second one
+    comes at once, as ``Abandoned``.
 
     Where interrupts are ignored, and outside the main thread, which alone gets them, it does nothing.
     """
@@ -31,7 +32,7 @@ def uninterrupted(console: Console) -> Iterator[None]:
         if asked:
             raise Abandoned
         asked = True
-        console.print("stopping after this iteration; interrupt again to stop at once", highlight=False)
+        console.print(f"stopping after this {what}; interrupt again to stop at once", highlight=False)
 
     signal.signal(signal.SIGINT, handle)
     try:
