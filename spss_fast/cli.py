@@ -54,9 +54,8 @@ class Parser(argparse.ArgumentParser):
             # of near ones that which begins alike: --iters is --iterations and not --filters
             best = max(close, key=lambda name: sum(map(str.__eq__, name, typed)), default=None)
             hint = f"did you mean {known[best]}?" if best else "--help lists them"
-            message = f"unknown flag {flag}: {hint}"
-            if not flag.startswith("-"):
-                message = f"{flag} belongs to no flag: lists are written with commas, like 1,2"
+            stray = f"{flag} belongs to no flag: lists are written with commas, like 1,2"
+            message = f"unknown flag {flag}: {hint}" if flag.startswith("-") else stray
         elif choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             close = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), 1)
             message += f": did you mean {close[0]}?" if close else ""

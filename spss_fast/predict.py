@@ -24,7 +24,7 @@ from spss_fast.engine.prediction import Options, Segmentation, segment
 from spss_fast.engine.progress import Progress
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.weights import build_network, fingerprint, read_weights, state_dict_of
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 from spss_fast.files import atomically, refuse_among_scans, write_json
 from spss_fast.nets.vnet import VNet
 
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(summary.written)} predicted, {len(summary.skipped)} there already, {len(summary.bad)} failed; "
           f"label maps in {given['out']}")
     if summary.empty:
-        shown = ", ".join(str(path) for path in summary.empty[:4]) + ", ..." * (len(summary.empty) > 4)
+        shown = some(summary.empty)
         print(f"nothing but background was found in {len(summary.empty)} of them: {shown}", file=sys.stderr)
     for reason in summary.bad.values():
         print(f"error: {reason}", file=sys.stderr)

@@ -16,7 +16,7 @@ from spss_fast.data.folders import ANNOTATION
 from spss_fast.data.geometry import PLANES, Grid
 from spss_fast.data.images import padding_before, read_image, stem, whole_numbers
 from spss_fast.data.layouts import Case, source_grid
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 
 SLICES = "slices.csv"
 
@@ -211,7 +211,7 @@ def _find_slice(
         axis = suggested.axis if suggested is not None and suggested.axis is not None else (
             min(range(3), key=lambda axis: slices[axis].size))
         several = slices[axis]
-        shown = ", ".join(map(str, several[:4])) + (", ..." if several.size > 4 else "")
+        shown = some(several)
         raise UserError(f"{path} has {several.size} annotated slices along axis {axis} ({shown}): keep one")
     return Annotation(int(slices[single[0]][0]), single[0], path, Grid.of(image), values)
 

@@ -51,8 +51,7 @@ def data_folder(config: Config, console: Console) -> Path:
     settings = config.data
     if settings.dataset != "phantom":
         if not settings.data_dir:
-            raise UserError(f"--data-dir is missing: the folder with the scans; "
-                            f"{sources(settings.dataset)}")
+            raise UserError(f"--data-dir is missing: the folder with the scans; {sources(settings.dataset)}")
         return Path(settings.data_dir)
     folder = Path(settings.data_dir or PHANTOM_FOLDER)
     # nothing where scans are; the rest of them where it was interrupted

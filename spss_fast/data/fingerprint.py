@@ -22,7 +22,7 @@ from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
 from spss_fast.data.preparation import body_box, foreground
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 
 PATCH_VOXELS = int(np.prod(PRESETS["kits"]["patch"]))
 VOLUME_VOXELS = int(np.prod(PRESETS["kits"]["resample"]))
@@ -177,7 +177,7 @@ def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], named:
     if like_ct and result.values["window"] is None:
         low, high = WINDOW
         result.remarks.append(f"{len(like_ct)} scans look like CT in HU, but resampled, as their values are not whole: "
-                              f"{_some(like_ct)}; if so, add --window {low:g},{high:g} (soft tissue) and --body-crop")
+                              f"{some(like_ct)}; if so, add --window {low:g},{high:g} (soft tissue) and --body-crop")
     return result
 
 
@@ -267,10 +267,6 @@ def _n_labeled(count: int, labelled: int, annotated: int, n_test: int) -> tuple[
     return number, "16 as published, or what there is; one slice of each is used, drawn at random without annotations"
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-
-
 def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int) -> list[str]:
     remarks = []
     for what, attribute, mend in (
@@ -281,15 +277,15 @@ def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int
         usual = values.most_common(1)[0][0]
         others = [f"{scan.name} ({getattr(scan, attribute)})" for scan in scans if getattr(scan, attribute) != usual]
         if others:
-            remarks.append(f"the {what} of {len(others)} scans is not {usual}: {_some(others)}; {mend}")
+            remarks.append(f"the {what} of {len(others)} scans is not {usual}: {some(others)}; {mend}")
     if not all(scan.said for scan in scans):
         remarks.append(f"modality {modality} was concluded from the intensities; no file says it")
     few = [scan.name for scan in scans if scan.size[2] < 16]
     if few:
-        remarks.append(f"{len(few)} scans have fewer than 16 slices: {_some(few)}; patches are padded there")
+        remarks.append(f"{len(few)} scans have fewer than 16 slices: {some(few)}; patches are padded there")
     thin = [scan.name for scan in scans if scan.values and not scan.full]
     if thin:
-        remarks.append(f"{len(thin)} labels show one slice or none: {_some(thin)}; such a label can be a scan's "
+        remarks.append(f"{len(thin)} labels show one slice or none: {some(thin)}; such a label can be a scan's "
                        "annotation, but nothing is tested on it")
     if not labelled and not annotated:
         remarks.append("no scan has a label: annotate one slice in each of n_labeled scans, then set annotations")

@@ -14,7 +14,7 @@ from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import Annotation, empty_annotations, read_annotations
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.layouts import Case
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 
 
 @dataclass
@@ -73,7 +73,7 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
         name not in named or named[name].label is None)]
     if bare:
         empty = empty_annotations(settings)
-        still = f"; still empty: {', '.join(empty[:4])}{', ...' * (len(empty) > 4)}" if empty else ""
+        still = f"; still empty: {some(empty)}" if empty else ""
         raise UserError(
             f"{known[bare[0]].case.image} is of the first n_labeled = {settings.n_labeled} training cases but has no "
             f"label ({len(bare)} such{still}): annotate a slice of it, or lower n_labeled to "

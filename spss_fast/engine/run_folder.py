@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from spss_fast import __version__
 from spss_fast.config import Config, to_toml
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 from spss_fast.files import atomically, write_json
 
 STAGES = ("registration", "joint")
@@ -79,7 +79,7 @@ class RunFolder:
         for part in ("annotated", "train", "test"):
             if before[part] != cases[part]:
                 changed = sorted(set(before[part]) ^ set(cases[part]))
-                what = f": {', '.join(changed[:4])}" + ", ..." * (len(changed) > 4) if changed else ""
+                what = f": {some(changed)}" if changed else ""
                 raise UserError(
                     f"the {part} cases are not those that the run in {self.path} began with{what}; put scans, lists "
                     "and annotations back as they were, or begin another run with another --out")

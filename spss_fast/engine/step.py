@@ -314,12 +314,11 @@ def foreground_dice(
     """Dice of two labels in [0, C) averaged over foreground classes, as ``name``, for monitoring; 1 where both are
     empty, nan without a ``reference``. Several classes stand beside it, each as ``name_VALUE``; ``values`` are the
     classes' label values."""
-    dice = {}
-    for c, value in enumerate(values[1:], 1):
-        if reference is None:
-            dice[f"{name}_{value}"] = math.nan
-            continue
-        p, r = prediction == c, reference.to(prediction.device) == c
-        total = int(p.sum()) + int(r.sum())
-        dice[f"{name}_{value}"] = 2 * int((p & r).sum()) / total if total else 1.0
+    dice = {f"{name}_{value}": math.nan for value in values[1:]}
+    if reference is not None:
+        reference = reference.to(prediction.device)
+        for c, of_class in enumerate(dice, 1):
+            p, r = prediction == c, reference == c
+            total = int(p.sum()) + int(r.sum())
+            dice[of_class] = 2 * int((p & r).sum()) / total if total else 1.0
     return {name: sum(dice.values()) / len(dice)} | (dice if len(dice) > 1 else {})
