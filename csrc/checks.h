@@ -168,4 +168,17 @@ inline void check_batch_norm_relu(
   TORCH_CHECK_TYPE(skip->scalar_type() == x.scalar_type(), "skip must be of x's dtype, not ", skip->scalar_type());
 }
 
+inline void check_convolve(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, not ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 5, "x must be (B, C, H, W, D), not ", x.sizes());
+  const int64_t channels = x.size(1);
+  TORCH_CHECK_VALUE(
+      channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0,
+      "x must have 8, 16, 32, 64 or 128 channels, not ", channels);
+  const std::vector<int64_t> wanted{channels, channels, 3, 3, 3};
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
+}
+
 }  // namespace spss

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spss_fast.ops.convolution import convolve, is_faster
 from spss_fast.ops.norm import batch_norm_relu
 
 
@@ -48,6 +49,8 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
     """
     if isinstance(convolution, nn.ConvTranspose3d):
         return F.conv_transpose3d(x, convolution.weight, stride=convolution.stride)
+    if is_faster(x, convolution.weight):
+        return convolve(x, convolution.weight)
     if x.device.type == "cpu" and 3 in convolution.kernel_size and (1 in x.shape[2:] or x.shape[2] == 2):
         amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):

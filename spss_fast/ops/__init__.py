@@ -6,6 +6,7 @@ Each runs the fastest backend there is for its tensors' device (see :mod:`spss_f
 
 from spss_fast.ops.backends import backend
 from spss_fast.ops.contrastive import contrastive_loss, select_prototypes
+from spss_fast.ops.convolution import convolve
 from spss_fast.ops.holes import fill_holes
 from spss_fast.ops.losses import masked_ce_dice, weighted_ce_dice
 from spss_fast.ops.norm import batch_norm_relu
@@ -14,6 +15,7 @@ from spss_fast.ops.uncertainty import accumulate_softmax, uncertainty_mask
 from spss_fast.ops.warp import SpatialTransformer, integrate, warp
 
 __all__ = [
-    "SpatialTransformer", "accumulate_softmax", "backend", "batch_norm_relu", "contrastive_loss", "fill_holes",
-    "integrate", "masked_ce_dice", "propagate", "select_prototypes", "uncertainty_mask", "warp", "weighted_ce_dice",
+    "SpatialTransformer", "accumulate_softmax", "backend", "batch_norm_relu", "contrastive_loss", "convolve",
+    "fill_holes", "integrate", "masked_ce_dice", "propagate", "select_prototypes", "uncertainty_mask", "warp",
+    "weighted_ce_dice",
 ]

@@ -34,6 +34,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "norm": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
+    "convolution": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
 }
 # public operator -> the torch.ops.spss_fast.* it is made of; kernels/<operator>.py has Triton functions of these names
 PARTS: dict[str, tuple[str, ...]] = {
@@ -46,6 +47,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "masked_ce_dice", "masked_ce_dice_backward", "weighted_ce_dice", "weighted_ce_dice_backward",
     ),
     "norm": ("batch_norm_relu", "batch_norm_relu_backward"),
+    "convolution": ("convolve", "convolve_backward"),
 }
 
 _preferred: str | None = None
