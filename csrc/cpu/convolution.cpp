@@ -285,9 +285,7 @@ SPSS_MULTIARCH void products(const float* data, const float* filter, float* out,
 // R rows and N vectors of columns of the sum over tiles of data (tiles, C) times gradient (tiles, C).
 template <int C, int R, int N>
 SPSS_INLINE void add_product(const float* data, const float* grad, int64_t tiles, float* sum) {
-  Vector sums[R][N];
-  SPSS_UNROLL for (int r = 0; r < R; ++r)
-    SPSS_UNROLL for (int n = 0; n < N; ++n) sums[r][n] = SPSS_LOAD(sum + r * C + n * kLanes);
+  Vector sums[R][N] = {};  // of the block, before they join the thread's: so fewer digits are lost
   for (int64_t t = 0; t < tiles; ++t, data += C, grad += C) {
     Vector row[N];
     SPSS_UNROLL for (int n = 0; n < N; ++n) row[n] = SPSS_LOAD(grad + n * kLanes);
@@ -295,7 +293,10 @@ SPSS_INLINE void add_product(const float* data, const float* grad, int64_t tiles
       SPSS_UNROLL for (int n = 0; n < N; ++n) sums[r][n] += data[r] * row[n];
   }
   SPSS_UNROLL for (int r = 0; r < R; ++r)
-    SPSS_UNROLL for (int n = 0; n < N; ++n) SPSS_STORE(sum + r * C + n * kLanes, sums[r][n]);
+    SPSS_UNROLL for (int n = 0; n < N; ++n) {
+      float* to = sum + r * C + n * kLanes;
+      SPSS_STORE(to, SPSS_LOAD(to) + sums[r][n]);
+    }
 }
 
 template <int C>

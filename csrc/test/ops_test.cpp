@@ -36,6 +36,7 @@ using UncertaintyMask = std::tuple<Tensor, Tensor>(const Tensor&, int64_t, const
 using ContrastiveLoss = std::tuple<Tensor, Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, double, bool, bool);
 using MaskedCeDice = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, bool);
+using Convolve = Tensor(const Tensor&, const Tensor&);
 using WeightedCeDice = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&);
 
 bool near(const Tensor& value, double expected) { return std::abs(value.item<double>() - expected) < 1e-4; }
@@ -114,9 +115,17 @@ void test_contrastive() {
   expect(near(to_n.select(2, 1).abs().sum(), 0) && !near(to_n.select(2, 0).abs().sum(), 0), "one prototype is pushed");
 }
 
+void test_convolution() {
+  const Tensor x = at::ones({1, 8, 3, 4, 5}), weight = at::ones({8, 8, 3, 3, 3});
+  const Tensor y = find<Convolve>("spss_fast::convolve").call(x, weight);
+  expect(near(y.select(2, 1).select(2, 1).select(2, 1).sum(), 8 * 8 * 27), "27 taps of 8 channels each");
+  expect(near(y.select(2, 2).select(2, 3).select(2, 4).sum(), 8 * 8 * 8), "8 of them in a corner");
+}
+
 }  // namespace
 
 int main() {
+  test_convolution();
   test_uncertainty();
   test_losses();
   test_contrastive();
