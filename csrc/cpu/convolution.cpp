@@ -137,7 +137,8 @@ SPSS_MULTIARCH void data_of(const float* x, const Tiles& tiles, const Part& part
       }
       Vector v[16];
       SPSS_UNROLL for (int q = 0; q < 16; ++q) v[q] = SPSS_LOAD(lines[q] + place);
-      // the lines that the next column of tiles will read: too short for the hardware to guess
+      // the lines that the next column of tiles will read, too short for the hardware to guess; past the end no harm is
+      // done
       SPSS_UNROLL for (int q = 2; q < 16; q += q % 4 == 3 ? 3 : 1) __builtin_prefetch(lines[q] + place + 2 * tiles.d * C);
       SPSS_UNROLL for (int i = 0; i < 4; ++i) transform_data(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
       SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_data(v[j], v[4 + j], v[8 + j], v[12 + j]);
@@ -422,9 +423,11 @@ std::tuple<at::Tensor, at::Tensor> backward(
 
 }  // namespace
 
+#if SPSS_HAS_MULTIARCH  // for a baseline alone it would be slower than oneDNN, which compiles for the machine
 TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
   m.impl("convolve", &forward);
   m.impl("convolve_backward", &backward);
 }
+#endif
 
 }  // namespace spss
