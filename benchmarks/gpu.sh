@@ -11,6 +11,7 @@
 #          LIMIT, the seconds after which one ends with the rows that it has (default: 240). COMMIT names the code that is
 #          measured where git does not know.
 # train    stops after TRAIN_LIMIT seconds (default: 3600) with a checkpoint; the next call goes on from it.
+# Python does not see an interrupt while it waits for a GPU: what hangs there is killed two minutes later.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-benchmarks/results}
@@ -47,7 +48,7 @@ for stage in "${@:-build}"; do
             if [ "$TINY" = 1 ]; then seconds=0.01; fi
             # one run each, so that none takes the others' results along when it fails
             for name in ${BENCH:-step contrastive uncertainty propagate norm losses loader warp}; do
-                timeout -s INT "${LIMIT:-240}" "$PYTHON" -m pytest "benchmarks/bench_$name.py" --benchmark-only \
+                timeout -k 120 -s INT "${LIMIT:-240}" "$PYTHON" -m pytest "benchmarks/bench_$name.py" --benchmark-only \
                     -k "${SELECT:-bench}" --bench-results "$OUT" --bench-seconds "$seconds" || failed=1
             done ;;
         train)
@@ -58,7 +59,8 @@ for stage in "${@:-build}"; do
             fi
             run=${RUN:-$OUT/run}
             if [ -e "$run/checkpoints/last.pt" ]; then arguments=(--resume); fi
-            timeout -s INT "${TRAIN_LIMIT:-3600}" "$PYTHON" -m spss_fast.train "${arguments[@]}" --out "$run" || failed=1 ;;
+            timeout -k 120 -s INT "${TRAIN_LIMIT:-3600}" \
+                "$PYTHON" -m spss_fast.train "${arguments[@]}" --out "$run" || failed=1 ;;
         *) echo "unknown stage $stage: build, test, profile, bench or train" >&2; exit 2 ;;
     esac
 done
