@@ -69,6 +69,8 @@ def to_plain(state: State) -> State:
     """Its networks plain, and in float32."""
     for network in (state.student, state.teacher, state.registration):
         plain(network)
+    for parameter, own in state.sgd.state.items():  # a fused step on a GPU takes no momentum of another memory format
+        own["momentum_buffer"] = torch.zeros_like(parameter)
     state.amp = None
     return state
 

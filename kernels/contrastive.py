@@ -145,6 +145,18 @@ def _power(least: int) -> int:
     return max(16, triton.next_power_of_2(least))  # 16: what a matrix product takes
 
 
+def shared_memory(bank: int, wide: int) -> int:
+    """Bytes that a program of ``_loss`` takes at most: a bank, scores and two blocks of anchors, or three blocks."""
+    return 4 * max(bank * wide + ANCHORS * (bank + 2 * wide), 3 * ANCHORS * wide)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes that a program may have there; without a GPU those of an H100. An A100 has 163 KiB."""
+    if device.type != "cuda":
+        return 227 * 2**10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def contrastive_loss(
     a: Tensor, b: Tensor, n: Tensor, logits_a: Tensor, logits_n: Tensor,
     k: int, temperature: float, bidirectional: bool, with_grad: bool,
@@ -162,7 +174,7 @@ def contrastive_loss(
     rows_a, rows_b, rows_n = (merge(x) for x in (a, b, n))
     _, width, voxels = rows_a.shape
     anchors, bank, wide = a.shape[0] * voxels, _power(k), _power(width)
-    if bank * wide > 2**15:
+    if shared_memory(bank, wide) > _room(a.device):
         raise ValueError(f"k: {k} prototypes of {width} features do not fit a GPU's shared memory in this kernel; "
                          "use fewer, or spss_fast.ops.backend('reference')")
     indices, counts = select_prototypes(logits_n, k)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spss_fast.config import resolve
+from spss_fast.engine.step import State
 from spss_fast.ops.backends import active
 
 
@@ -88,3 +90,15 @@ def test_a_benchmark_that_fails_alone_ends(harness, capfd):
     with pytest.raises(EOFError), harness.alone("cpu", functools.partial, int, "no number") as run:
         run()
     assert "no number" in capfd.readouterr().err
+
+
+def test_momentum_of_the_peer_lies_as_its_parameters_do(harness):
+    """Torch's fused SGD refuses anything else on a GPU, and only there."""
+    import straightforward  # beside harness
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = straightforward.to_plain(State(resolve("phantom", {"filters": 2, "patch": "32,32,16"}), device, None))
+    for parameter in state.student.parameters():
+        assert state.sgd.state[parameter]["momentum_buffer"].stride() == parameter.stride()
+        parameter.grad = torch.ones_like(parameter)
+    state.sgd.step()

@@ -46,6 +46,10 @@ def compile_instead(kernel, *arguments, grid, warmup, **named):
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=places)
     code = triton.compile(source, target=GPUTarget("cuda", ARCHITECTURE, 32), options=options)
     assert len(code.asm["cubin"]) > 0
+    if "BANK" in constants:
+        from spss_fast.kernels.contrastive import shared_memory
+
+        assert code.metadata.shared <= shared_memory(constants["BANK"], constants["WIDTH"]), (key, code.metadata.shared)
     compiled.add(key)
 
 
@@ -53,8 +57,9 @@ def any_prototypes(logits, k):
     return torch.zeros(logits.shape[1], k, dtype=torch.long), torch.full((logits.shape[1],), k)
 
 
-def launch_all(cases, maps_of, images):
-    """Every launcher, on (dtype, (B, *spatial)); norm on (dtype, (B, C, *spatial)), warp on (B, C, *spatial)."""
+def launch_all(cases, maps_of, images, banks=False):
+    """Every launcher, on (dtype, (B, *spatial)); norm on (dtype, (B, C, *spatial)), warp on (B, C, *spatial). With
+    ``banks`` the contrastive loss also of few features and of few prototypes."""
     from spss_fast.kernels import contrastive, losses, norm, uncertainty, warp
 
     for dtype, voxels in cases:
@@ -74,6 +79,10 @@ def launch_all(cases, maps_of, images):
             contrastive.contrastive_loss(
                 features, features, features, logits, logits, 50, 0.07, both_and_grad, both_and_grad
             )
+        for k, width in ((100, 16), (11, 128)) if banks else ():  # the largest take minutes to compile
+            wide = torch.zeros(voxels[0], width, *voxels[1:])
+            contrastive.contrastive_loss(wide, wide, wide, logits, logits, k, 0.07, True, True)
+        banks = False  # once: dtypes change nothing about them
         contrastive.select_prototypes = select
         uncertainty.uncertainty_mask(total, 8 if voxels[0] > 1 else 1, torch.tensor(4))
     for dtype, (batch, channels, *sides) in maps_of:
@@ -96,7 +105,7 @@ def main():
     launch_all(
         [(torch.float32, (2, 6, 6, 6)), (torch.bfloat16, (2, 6, 6, 6)), (torch.float32, (1, 1))],
         [(torch.bfloat16, (2, 16, 6, 6, 6)), (torch.float64, (2, 3, 7)), (torch.float32, (2, 1, 1))],
-        [(2, 2, 6, 6, 6), (2, 2, 6, 6), (2, 1, 1, 1, 1)],
+        [(2, 2, 6, 6, 6), (2, 2, 6, 6), (2, 1, 1, 1, 1)], banks=True,
     )
     JITFunction.run = check_grid  # more samples than CUDA has programs along the second axis of a grid
     samples = 2**16
