@@ -48,7 +48,9 @@ def dali_batches(sampler: Sampler, device: torch.device, start: int) -> Generato
         image, view, annotation, reference = (torch.from_dlpack(output.as_tensor()) for output in outputs)
         draw = feed.take(step)
         labeled = len(draw.labeled)
-        clean = Batch(draw.names, image, view, view, annotation[:labeled, 0, :, :, 0], draw.index,
+        # a copy: where DALI's memory is pinned, the step would copy from it without waiting, and DALI take it back
+        annotation = annotation[:labeled, 0, :, :, 0].clone()
+        clean = Batch(draw.names, image, view, view, annotation, draw.index,
                       reference[:labeled, 0] if draw.has_reference else None)
         return sampler.add_noise(clean, draw)
 
