@@ -14,6 +14,27 @@ def test_presets_are_the_published_settings():
     assert (la.training.iterations, la.selection.passes, la.selection.negatives) == (6000, 8, 50)
 
 
+def test_defaults_are_the_published_numbers():
+    config = resolve("la")
+    registration, selection, training = config.registration, config.selection, config.training
+    assert (config.data.n_labeled, config.network.filters, config.network.dropout) == (16, 16, 0.5)
+    assert config.network.statistics == "running" and not training.refresh_batches
+    assert (registration.registration_epochs, registration.registration_steps, registration.registration_pairs,
+            registration.registration_lr, registration.similarity) == (200, 10, 32, 1e-4, "mse")
+    assert (registration.opening, registration.closing, registration.far_distance, registration.far_iterations,
+            registration.structures) == (5, 5, 10, 5, 1)
+    assert (selection.noise, selection.noise_clip, selection.temperature) == (0.1, 0.2, 0.07)
+    assert (selection.lambda_start, selection.lambda_growth) == (0.1, 1.01)
+    assert (selection.tau_start, selection.tau_growth, selection.tau_every) == (0.8, 1.4, 500)
+    assert (selection.ramp_every, selection.ramp_length, selection.ramp_max) == (150, 40, 0.1)
+    assert (selection.unsupervised_ce, selection.contrast) == ("probabilities", "bidirectional")
+    assert (training.batch_labeled, training.batch_unlabeled) == (2, 2)
+    assert (training.lr, training.momentum, training.weight_decay) == (0.01, 0.9, 1e-4)
+    assert (training.lr_every, training.lr_factor, training.ema) == (2500, 0.1, 0.99)
+    assert (training.fusion, training.fusion_iterations, training.fusion_power) == (0.9, 6000, 0.2)
+    assert (training.distance_decay, training.label_weights, training.disagreement_from) == (0.8, "decayed", 1000)
+
+
 def test_a_flag_beats_the_file_and_the_file_beats_the_preset(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text("[training]\niterations = 50\nlr = 0.02\n[data]\npatch = [64, 64, 16]\n")
@@ -53,7 +74,13 @@ def test_the_laptop_variant_scales_lengths_and_schedule():
     assert half.registration.far_distance == full.registration.far_distance // 2
     assert half.training.distance_decay == full.training.distance_decay**2  # two slices' worth
     assert (full.network.statistics, half.network.statistics) == ("running", "case")
-    assert half.training.iterations < full.training.iterations
+    # an eighth of the voxels, and of the schedule; but for what a teacher must have learnt first
+    assert (half.training.iterations, half.training.lr_every) == (750, 312)
+    assert (half.selection.ramp_every, half.selection.tau_every) == (18, 62)
+    assert half.selection.lambda_growth == full.selection.lambda_growth
+    assert (half.training.fusion_iterations, half.training.disagreement_from) == (3000, 1000)
+    assert (half.training.lr, half.registration.registration_lr, half.network.dropout) == (0.1, 1e-3, 0.2)
+    assert (half.registration.registration_epochs, half.registration.registration_pairs) == (10, 16)
     assert resolve("la", {"downsample": 2, "iterations": 6000}).training.iterations == 6000
     assert resolve("kits", {"downsample": 2}).data.resample == (96, 96, 32)
 

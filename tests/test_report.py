@@ -10,6 +10,7 @@ import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from spss_fast.config import resolve
 from spss_fast.data.cache import prepare
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.phantom import write_phantoms
+from spss_fast.engine.selfpaced import fusion_weight
 from spss_fast.errors import UserError
 from spss_fast.reporting import charts, findings, gallery, panels, record
 from tests.data.writing import prepared, settings_of, write_la
@@ -440,3 +442,32 @@ def test_the_worst_case_and_outliers_are_named(finished):
     assert answer.figure == "worst: 0.100" and texts[0] == "Worst case of the student: case 0, Dice 0.100."
     assert any(text.startswith("1 outlier ") and text.endswith("case 0.") for text in texts)
     assert any(text.endswith("is empty in case 0.") for text in texts)
+
+
+def test_what_is_missed_and_what_is_added_are_told_apart():
+    reference, prediction = np.zeros((2, 4, 4, 3), bool)
+    reference[:2, :, 1] = True
+    prediction[1:3, :, 1] = prediction[0, 0, 1] = True
+    masks = {"prediction": prediction, "reference": reference}
+    slices = {name: mask[:, :, 1] for name, mask in masks.items()}
+    assert panels._differences(slices) == "Of its 8 reference voxels: prediction misses 3, adds 4."
+    colors = panels._error_colors(slices["prediction"], slices["reference"])
+    for place, color in (((0, 1), panels.MISSED), ((2, 0), panels.ADDED)):
+        np.testing.assert_allclose(colors[place], matplotlib.colors.to_rgba(color, 0.75))
+    assert not colors[[0, 1, 3], [0, 1, 1]].any()
+    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), masks, None, False)
+    finding, = findings._kind_of_error([example])
+    assert "the prediction misses 38% of the reference's voxels and adds 50% as many" in finding.text
+    assert finding.text.endswith("lie in 1 of 3 slices, most of them in slice 1.")
+
+
+@pytest.mark.parametrize("settings", [{}, {"fusion": 0.6, "fusion_iterations": 300, "fusion_power": 0.5}])
+def test_the_teacher_outvotes_registration_from_the_iteration_that_is_named(settings):
+    training = resolve("la", settings).training
+    first = findings._outvotes(training)
+    before, after = (
+        fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
+        for t in (first - 1, first)
+    )
+    assert before <= 0.5 < after
+    assert findings._outvotes(resolve("la", {"fusion": 0.5}).training) is None

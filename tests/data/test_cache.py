@@ -56,6 +56,7 @@ def test_second_use_reads_no_scan(tmp_path, reads):
 
 @pytest.mark.parametrize("flags", [
     {"window": "0 100"}, {"max_in_plane": 30}, {"resample": "16 16 16"}, {"foreground": "255"}, {"downsample": 2},
+    {"classes": "1,255"}, {"plane": "coronal"}, {"body_crop": True},
 ])
 def test_a_setting_that_matters_rebuilds(tmp_path, reads, flags):
     write_la(tmp_path / "la", 1)

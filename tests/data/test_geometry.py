@@ -98,6 +98,12 @@ def test_a_file_without_orientation_has_its_slices_along_the_coarse_axis():
     np.testing.assert_array_equal(oriented(array, grid)[0], array.transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("times, axis", [(1.4, 2), (1.6, 0)])
+def test_an_axis_is_coarse_from_one_and_a_half_times_the_others_on(times, axis):
+    array, grid = scan_of((3, 4, 5), (0.7 * times, 0.7, 0.5), tuple(np.eye(3).ravel()))
+    assert oriented(array, grid)[1].axes[axis, 2] == 1
+
+
 @pytest.mark.parametrize("plane, axis", [("sagittal", 0), ("coronal", 1), ("axial", 2)])
 def test_the_plane_that_is_asked_for_has_its_slices_last(plane, axis):
     """Whatever the voxels' shape, and in whichever order the file has the axes."""

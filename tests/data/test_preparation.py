@@ -103,6 +103,14 @@ def test_body_box_holds_the_body_and_leaves_the_table_out():
     np.testing.assert_allclose(stop, [131, 101, 40], atol=2)
 
 
+def test_no_voxel_of_the_body_is_lost_to_the_coarse_look():
+    for first, last in ((100, 250), (101, 251), (102, 252), (101, 252)):  # every third voxel is looked at
+        image = np.full((384, 20, 8), -1000, np.float32)
+        image[first : last + 1, 5:15] = 30
+        start, stop = body_box(image, Case("x", None, None, "kits_raw"))
+        assert first - 6 <= start[0] <= first and last < stop[0] <= last + 7
+
+
 def real_organs(scans, tmp_path):
     """The real CT with several organs in the raw KiTS19 layout: its folder."""
     (tmp_path / "d" / "case_00000").mkdir(parents=True)

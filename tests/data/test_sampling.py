@@ -120,6 +120,17 @@ def test_views_share_geometry_and_differ_by_bounded_noise():
     assert values.std() == pytest.approx(0.0959, abs=0.003) and abs(float(values.mean())) < 0.002
 
 
+def test_every_batch_has_noise_of_its_own():
+    sampler = sampler_of(labeled=2, unlabeled=2)
+    noises = []
+    for step in range(12):
+        batch = sampler.batch(step)
+        noises += [view - view.round() for view in batch.view1 if (view != view.round()).any()]
+    signs = torch.stack([noise.flatten()[:500].sign() for noise in noises])
+    agreement = (signs @ signs.T / 500).fill_diagonal_(0)
+    assert len(noises) > 10 and agreement.max() < 0.3
+
+
 def test_views_turn_with_probability_one_half():
     sampler = sampler_of(labeled=2, unlabeled=2, noise=0.0)
     straight = 0

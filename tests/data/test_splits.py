@@ -1,6 +1,7 @@
 """Splits and annotated slices."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -206,6 +207,8 @@ def test_a_case_keeps_its_slice_whoever_else_is_annotated(ten, tmp_path):
     everyone = annotated_slices(cases, settings, 0)
     assert len(set(everyone.values())) > 1
     assert annotated_slices(cases[3:5], settings, 0) == {name: everyone[name] for name in "de"}
+    alike = [replace(cases[0], name=name) for name in "pqrstu"]  # the name alone tells them apart
+    assert len(set(annotated_slices(alike, settings, 0).values())) > 1
 
 
 def csv_settings(tmp_path, text, **flags):

@@ -62,6 +62,7 @@ def test_a_checkpoint_brings_no_say_on_graphs_along():
     content["adam"]["param_groups"][0]["capturable"] = True
     checkpoint.restore(state, content | {"epoch": 1, "iteration": 2, "last_loss": torch.tensor(0.5)})
     assert state.adam.param_groups[0]["capturable"] is False
+    assert (state.epoch, state.iteration, float(state.last_loss)) == (1, 2, 0.5)
     volumes = torch.randn(2, 32, 32, 4)
     assert torch.isfinite(state.registration_steps(volumes, None, *sample_pairs(volumes, state.config.registration)))
 

@@ -81,6 +81,16 @@ def test_the_plain_mean_is_exact():
     assert torch.equal(sliding_window(network, torch.zeros(shape), patch, stride, tiles=3), total / count)
 
 
+def test_a_small_image_is_centred_in_its_minimum():
+    torch.manual_seed(0)
+    network, image, seen = _Pointwise(), torch.randn(5, 8, 3) + 10, []
+    network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    sliding_window(network, image, (8, 8, 8), (4, 4, 4))
+    expected = torch.full((8, 8, 8), float(image.min()))
+    expected[1:6, :, 2:5] = image
+    assert len(seen) == 1 and torch.equal(seen[0][0, 0], expected)
+
+
 def test_mirroring_makes_in_plane_flips_equivalent():
     torch.manual_seed(0)
     network, image = nn.Conv3d(1, 2, 3, padding=1), torch.randn(16, 16, 8)
@@ -98,7 +108,7 @@ def test_mirroring_makes_in_plane_flips_equivalent():
 
 def test_refreshed_statistics_are_those_of_the_batches():
     torch.manual_seed(0)
-    network = nn.Sequential(nn.BatchNorm3d(2), nn.Dropout3d(0.5)).train()
+    network = nn.Sequential(nn.BatchNorm3d(2, momentum=0.3), nn.Dropout3d(0.5)).train()
     batches = [torch.randn(3, 2, 4, 4, 4) * 3 + 1 for _ in range(5)]
     network(torch.full((3, 2, 4, 4, 4), 100.0))  # statistics that have to go
     refresh_batch_norm(network, batches, None)
@@ -106,7 +116,7 @@ def test_refreshed_statistics_are_those_of_the_batches():
     variance = torch.stack([batch.var((0, 2, 3, 4)) for batch in batches]).mean(0)
     torch.testing.assert_close(network[0].running_mean, mean)
     torch.testing.assert_close(network[0].running_var, variance)
-    assert network[0].momentum == 0.1 and not network.training and not network[0].training
+    assert network[0].momentum == 0.3 and not network.training and not network[0].training
 
 
 def test_statistics_of_the_case_take_its_contrast_out():
@@ -123,3 +133,13 @@ def test_statistics_of_the_case_take_its_contrast_out():
     # the statistics of 3 * image stay: they fit it, and not the image
     torch.testing.assert_close(probability(3 * image, "running"), louder)
     assert (probability(image, "running") - case).abs().max() > 0.01
+
+
+def test_statistics_of_the_case_are_those_of_windows_half_a_patch_apart():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm3d(1), nn.Conv3d(1, 2, 1)).eval()
+    image = torch.arange(32.0).square()[:, None, None] + torch.randn(32, 16, 8)
+    sliding_window(network, image, (16, 16, 8), (16, 16, 8), statistics="case")
+    windows = torch.cat([image[start : start + 16] for start in (0, 8, 16)])
+    torch.testing.assert_close(network[0].running_mean, windows.mean()[None])
+    torch.testing.assert_close(network[0].running_var, windows.var()[None])

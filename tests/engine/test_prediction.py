@@ -8,6 +8,7 @@ import torch
 from spss_fast.config import resolve
 from spss_fast.data.geometry import Grid, oriented, resample, to_image
 from spss_fast.data.layouts import Case
+from spss_fast.engine import prediction
 from spss_fast.engine.prediction import Options, decide, keep_largest_components, segment
 from spss_fast.engine.weights import build_network
 from tests.data.test_preparation import dice, read_file_order, synthetic_ct
@@ -144,3 +145,18 @@ def test_mirroring_and_the_largest_component_reach_the_scan(tmp_path):
     expected = np.zeros_like(image)
     expected[4:20, 4:20, 4:16] = 1
     np.testing.assert_array_equal(result.label, expected)
+
+
+def test_options_reach_the_windows(tmp_path, monkeypatch):
+    write_image(tmp_path / "x.mha", np.random.default_rng(0).normal(size=(20, 20, 10)))
+    given, window = {}, prediction.sliding_window
+
+    def watched(network, image, patch, stride, amp, tiles, **options):
+        given.update(options, stride=stride, tiles=tiles)
+        return window(network, image, patch, stride, amp, tiles, **options)
+
+    monkeypatch.setattr(prediction, "sliding_window", watched)
+    network = build_network(thresholding_weights(1.0), "here")
+    options = Options(0.75, tiles=2, statistics="case")
+    segment(network, Case("x", tmp_path / "x.mha", None, "image"), _config().data, options)
+    assert given == {"stride": (12, 12, 8), "tiles": 2, "gaussian": True, "mirror": False, "statistics": "case"}

@@ -132,6 +132,12 @@ def test_paired_organs_are_carried_each_on_their_own():
         assert torch.equal(labels[0, :, :, 0], annotation[0]) and torch.equal(labels[1, :, :, 3], annotation[1])
 
 
+def test_structures_are_joined_over_corners():
+    annotation = torch.zeros(1, 9, 9, dtype=torch.uint8)
+    annotation[0, 1:3, 1:3], annotation[0, 3:5, 3:5], annotation[0, 6:9, 6:8] = 1, 1, 1
+    assert pseudo_labels.split_structures(annotation, 3).sum((1, 2)).tolist() == [8, 6, 0]
+
+
 @pytest.mark.parametrize("structures", [1, 2])
 def test_classes_are_carried_as_they_would_be_alone(structures):
     torch.manual_seed(0)

@@ -1,5 +1,8 @@
 """Registration: similarity against the vectors, pairs and flows against brute force, and that it learns a shift."""
 
+import copy
+
+import pytest
 import torch
 
 from spss_fast.config import RegistrationSettings
@@ -55,6 +58,45 @@ def test_flows_of_large_volumes_take_several_forwards(monkeypatch):
     network.register_forward_pre_hook(lambda _, inputs: pairs.append(len(inputs[0])))
     torch.testing.assert_close(registration.neighbour_flows(network, volumes, None), whole, rtol=1e-4, atol=1e-5)
     assert pairs == [3, 3, 3, 3, 3, 1]
+
+
+@pytest.mark.parametrize("similarity", ["mse", "ncc"])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_loss_is_the_similarity_and_with_labels_their_dice(similarity, labelled):
+    torch.manual_seed(0)
+    network, volumes = RegistrationNet(), torch.randn(2, 32, 32, 5)
+    torch.nn.init.normal_(network.flow.weight, 0, 1.0)
+    labels = torch.randint(2, (2, 2, 32, 32, 5), dtype=torch.uint8)
+    settings = RegistrationSettings(registration_steps=1, registration_pairs=6, similarity=similarity)
+    pairs = registration.sample_pairs(volumes, settings)
+    volume, moving, fixed = (index[0] for index in pairs)
+    with torch.no_grad():
+        images = volumes[volume, :, :, moving][:, None], volumes[volume, :, :, fixed][:, None]
+        flow = network(*images)
+        warped = warp(images[0], flow)
+        loss = (warped - images[1]).square().mean() if similarity == "mse" else registration.negative_ncc(
+            warped, images[1])
+        if labelled:
+            of_moving, of_fixed = (labels[volume, :, :, :, z].float() for z in (moving, fixed))
+            loss += registration.soft_dice_loss(warp(of_moving, flow), of_fixed)
+    adam = torch.optim.Adam(network.parameters(), 1e-3)
+    result = registration.registration_steps(
+        network, adam, volumes, labels if labelled else None, pairs, settings, None)
+    torch.testing.assert_close(result, loss, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+def test_every_step_is_taken_from_the_weights_of_the_last(amp):
+    torch.manual_seed(0)
+    once, volumes, weights = RegistrationNet(), torch.randn(2, 32, 32, 5), []
+    settings = RegistrationSettings(registration_steps=3, registration_pairs=4)
+    pairs = registration.sample_pairs(volumes, settings)
+    for network, calls in ((once, [pairs]), (copy.deepcopy(once), zip(*(index.split(1) for index in pairs)))):
+        adam = torch.optim.Adam(network.parameters(), 1e-2)
+        for call in calls:
+            registration.registration_steps(network, adam, volumes, None, call, settings, amp)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+    assert torch.equal(*weights)
 
 
 def _drifting_disk(slices: int = 8) -> torch.Tensor:

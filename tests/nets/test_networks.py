@@ -126,6 +126,23 @@ def test_a_dropped_channel_is_a_weight_of_zero(device):
     assert dropped.any() and not dropped.all() and len(dropped.unique(dim=0)) > 1  # each sample has channels of its own
 
 
+def test_channels_are_dropped_at_the_bottleneck_too():
+    torch.manual_seed(0)
+    network, x = VNet(filters=2), torch.randn(1, 1, 32, 32, 16)
+    once, again = network.encode(x), network.encode(x)
+    assert all(torch.equal(a, b) for a, b in zip(once.skips, again.skips))
+    assert not torch.equal(once.first_level, again.first_level)
+    network.eval()
+    assert torch.equal(network.encode(x).first_level, network.encode(x).first_level)
+
+
+def test_an_untrained_registration_net_moves_next_to_nothing():
+    torch.manual_seed(0)
+    network = RegistrationNet()
+    assert 0.8e-5 < network.flow.weight.std() < 1.2e-5 and not network.flow.bias.any()
+    assert network(*torch.randn(2, 1, 1, 32, 32)).abs().max() < 1e-3
+
+
 def same_with_gradients(actual, expected, leaves):
     torch.testing.assert_close(actual, expected)
     upstream = torch.randn_like(expected)

@@ -1,0 +1,49 @@
+"""Measuring cases with a student whose answer is known, and what is made of the figures."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from spss_fast import metrics
+from spss_fast.config import resolve
+from spss_fast.engine import evaluation
+
+
+def _student() -> nn.Sequential:
+    """Foreground is what lies above the mean of batch norm's statistics, at first 0."""
+    student = nn.Sequential(nn.BatchNorm3d(1, affine=False), nn.Conv3d(1, 2, 1))
+    with torch.no_grad():
+        student[1].weight.copy_(torch.tensor([0.0, 1.0]).view(2, 1, 1, 1, 1))
+        student[1].bias.zero_()
+    return student
+
+
+@pytest.mark.parametrize("statistics", ["running", "case"])
+@pytest.mark.parametrize("spacing", [False, True])
+def test_cases_are_measured_with_the_runs_statistics_and_in_the_unit_asked_for(statistics, spacing):
+    config = resolve("la", {"patch": "16,16,16", "statistics": statistics})
+    half = np.broadcast_to(np.arange(32) < 16, (16, 16, 32))
+    image, label = np.where(half, 6, 4).astype(np.float32), (np.arange(32) < 13) * np.ones((16, 16, 1), np.uint8)
+    cases = [SimpleNamespace(name=name, image=image, spacing=(1.0, 2.0, 5.0), full_label=lambda full=full: full)
+             for name, full in (("bare", None), ("whole", label))]
+    student = _student().train()  # as training leaves it
+    rows = evaluation.evaluate_cases(student, cases, config, (16, 16, 16), None, spacing)
+    found = half if statistics == "case" else np.ones_like(half)
+    expected = metrics.evaluate(found, label, (1.0, 2.0, 5.0) if spacing else None)
+    assert rows == {"whole": pytest.approx(expected)}
+
+
+def test_strides_are_las_in_proportion():
+    assert evaluation.window_stride((112, 112, 80)) == (18, 18, 4)
+    assert evaluation.window_stride((176, 176, 64)) == (28, 28, 3)
+    assert evaluation.window_stride((16, 16, 8)) == (3, 3, 1)
+
+
+def test_means_leave_undefined_distances_out():
+    rows = {"a": {"dice": 0.5, "hd95": 4.0, "asd": np.nan}, "b": {"dice": 0.7, "hd95": np.nan, "asd": np.nan}}
+    summary = evaluation.mean_and_sd(rows)
+    assert summary == {"dice": pytest.approx((0.6, 0.1)), "hd95": (4.0, 0.0)}
+    assert evaluation.dice_line(rows) == "Dice 0.6000 ± 0.1000"
