@@ -20,7 +20,7 @@ from spss_fast.data.annotation_export import (
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbnail
-from spss_fast.data.splits import read_list
+from spss_fast.data.splits import read_lists
 from spss_fast.errors import UserError
 from spss_fast.files import refuse_among_scans
 
@@ -74,7 +74,7 @@ def suggest(
     folder = Path(settings.data_dir)
     refuse_among_scans(out, [folder], "copies of them")
     found = {case.name: case for case in find_cases(settings.dataset, folder)}
-    trained, tested = (read_list(folder / f"{part}.list", found) for part in ("train", "test"))
+    trained, tested = read_lists(folder, found)
     listed = read_table(out)
     wanted = budget - len(listed)
     if wanted <= 0:
