@@ -141,12 +141,12 @@ def find_images(data_dir: Path) -> list[tuple[str, Path]]:
 
 
 def _items(data_dir: Path) -> Iterator[_Item]:
-    for parent, folders, names in os.walk(data_dir):
+    for parent, folders, names in os.walk(data_dir, onerror=_refuse_closed):
         folder = Path(parent)
         parts = folder.relative_to(data_dir).parts
         # a data set of another layout below this folder is not a case of it
         folders[:] = sorted(name for name in folders if not name.startswith(".") and len(parts) < DEPTH
-                            and not (folder / name / "imagesTr").is_dir())
+                            and not os.path.isdir(folder / name / "imagesTr"))
         files = [folder / name for name in sorted(names) if not name.startswith(".")]
         roles = {_role_of(part) for part in parts}
         inside = [part for part in parts if _role_of(part) is None]
@@ -156,6 +156,12 @@ def _items(data_dir: Path) -> Iterator[_Item]:
         if has_series(path for path in files if not stem(path)):
             name = "_".join(inside) or data_dir.resolve().name
             yield _Item("image", name, folder)
+
+
+def _refuse_closed(error: OSError) -> None:
+    """``os.walk`` would pass over a folder that it cannot open, and its cases would be missing without a word."""
+    why = f"{error.filename} cannot be opened ({error.strerror})"
+    raise UserError(f"{why}: make it readable, or take it away") from error
 
 
 def _role_of(text: str) -> str | None:
