@@ -141,12 +141,13 @@ def find_images(data_dir: Path) -> list[tuple[str, Path]]:
 
 
 def _items(data_dir: Path) -> Iterator[_Item]:
-    for parent, folders, names in os.walk(data_dir, onerror=_refuse_closed):
+    for parent, folders, names in os.walk(data_dir, onerror=_refuse_closed, followlinks=True):
         folder = Path(parent)
         parts = folder.relative_to(data_dir).parts
-        # a data set of another layout below this folder is not a case of it
+        # a data set of another layout below this folder is not a case of it, and a link upwards is none at all
         folders[:] = sorted(name for name in folders if not name.startswith(".") and len(parts) < DEPTH
-                            and not os.path.isdir(folder / name / "imagesTr"))
+                            and not os.path.isdir(folder / name / "imagesTr")
+                            and not folder.resolve().is_relative_to((folder / name).resolve()))
         files = [folder / name for name in sorted(names) if not name.startswith(".")]
         roles = {_role_of(part) for part in parts}
         inside = [part for part in parts if _role_of(part) is None]

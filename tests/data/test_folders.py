@@ -69,6 +69,17 @@ def test_a_folder_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch
         find_cases("folder", tmp_path)
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path / "archive", "x/image.nii.gz")
+    write_series(tmp_path / "archive" / "y", IMAGE)
+    write(tmp_path / "scans", "b.nii.gz")
+    for name, target in {"a": "../archive/x", "c": "../archive/y", "up": "..", "here": "."}.items():
+        (tmp_path / "scans" / name).symlink_to(target, target_is_directory=True)
+    (tmp_path / "link").symlink_to("scans", target_is_directory=True)
+    for folder in ("scans", "link"):
+        assert found(tmp_path / folder) == {"a": ("a/image.nii.gz", None), "b": ("b.nii.gz", None), "c": ("c", None)}
+
+
 def test_files_and_series_of_several_kinds_side_by_side(tmp_path):
     write(tmp_path, "a.nii.gz", "labels/b.nii.gz")
     write_series(tmp_path / "images" / "b", IMAGE, (1.0, 1.0, 1.0))
