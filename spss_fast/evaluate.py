@@ -155,8 +155,11 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(f"not measured: {len(left_out)} labelled cases in {whose['data_dir']} that are not the run's "
                       f"({some(left_out)}); to measure them, copy or link them into a folder of their own, without the "
                       "run's cases, and give that as --data-dir", highlight=False, soft_wrap=True, markup=False)
-    write_metrics(out, rows)
-    write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
+    try:
+        write_metrics(out, rows)
+        write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
+    except OSError as error:
+        raise UserError(f"the metrics cannot be written to {out} ({error.strerror}): name another --out") from error
     labels = run / "registration_labels.csv"
     if labels.exists():
         with labels.open(newline="") as file:

@@ -71,6 +71,8 @@ def _header(path: Path) -> sitk.ImageFileReader:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
+        if path.exists() and not os.access(path, os.R_OK):  # of which ITK says that it does not exist
+            raise UserError(f"{path} cannot be opened (permission denied): make it readable") from error
         if "spacing" in str(error).lower():
             raise UserError(f"{path} has a voxel spacing of zero: correct its header") from error
         if "orthonormal" in str(error):

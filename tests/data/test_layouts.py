@@ -159,6 +159,13 @@ def test_gzip_of_several_members_is_complete(tmp_path):
     np.testing.assert_array_equal(read_case(case).image, image.transpose(2, 1, 0)[:, :, ::-1])
 
 
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    case = good(tmp_path)[0]
+    case.image.write_bytes(b"")  # root may read whatever there is, so what ITK would say is had in another way
+    monkeypatch.setattr("os.access", lambda path, mode: path != case.image)
+    refused(case, "cannot be opened (permission denied): make it readable")
+
+
 def test_axes_that_are_not_at_right_angles(tmp_path):
     case = good(tmp_path)[0]
     content = bytearray(gzip.decompress(case.image.read_bytes()))
