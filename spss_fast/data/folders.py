@@ -19,6 +19,7 @@ from spss_fast.data.images import ENDINGS, stem
 from spss_fast.errors import UserError
 
 DEPTH = 4  # folders below the data folder in which plain scans are looked for: patient/study/series, and one more
+LONGEST = 200  # bytes of a case's name: file systems allow 255, some of which what it is followed by takes
 WORDS = {
     "label": "labels?|segmentations?|seg|masks?|gt|laendo",
     "image": "images?|imgs?|imaging|scans?|volumes?|ct|mri?|lgemri",
@@ -155,7 +156,7 @@ def _items(data_dir: Path) -> Iterator[_Item]:
             if stem(path) and stem(path).lower() != ANNOTATION:
                 yield _item(path, inside, "label" if "label" in roles else None)
         if has_series(path for path in files if not stem(path)):
-            name = "_".join(inside) or data_dir.resolve().name
+            name = _joined(inside, folder) or data_dir.resolve().name
             yield _Item("image", name, folder)
 
 
@@ -177,7 +178,16 @@ def _item(path: Path, folders: list[str], role: str | None) -> _Item:
     said = _role_of(name)
     if said is None:
         said, name = _split(name)
-    return _Item(role or said or "image", "_".join(folders) or name, path)
+    return _Item(role or said or "image", _joined(folders, path) or name, path)
+
+
+def _joined(folders: list[str], path: Path) -> str:
+    """The name of the case at ``path``, in ``folders`` within each other."""
+    name = "_".join(folders)
+    if len(name.encode()) > LONGEST:
+        raise UserError(f"{path}: its folders' names, joined, are the case's name, which names files too, and is longer "
+                        f"than {LONGEST} bytes: rename them")
+    return name
 
 
 def _split(name: str) -> tuple[str | None, str]:

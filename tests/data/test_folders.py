@@ -69,6 +69,12 @@ def test_a_folder_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch
         find_cases("folder", tmp_path)
 
 
+def test_folders_whose_names_are_too_long_for_a_case(tmp_path):
+    write_series(tmp_path.joinpath(*(letter * 70 for letter in "abc")), IMAGE)
+    with pytest.raises(UserError, match="longer than 200 bytes: rename them"):
+        found(tmp_path)
+
+
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     write(tmp_path / "archive", "x/image.nii.gz")
     write_series(tmp_path / "archive" / "y", IMAGE)
