@@ -185,7 +185,7 @@ def _joined(folders: list[str], path: Path) -> str:
     """The name of the case at ``path``, in ``folders`` within each other."""
     name = "_".join(folders)
     if len(name.encode()) > LONGEST:
-        raise UserError(f"{path}: its folders' names, joined, are the case's name, which names files too, and is longer "
+        raise UserError(f"{path}: its folders' names, joined, are the case's name, and as a file's too long with more "
                         f"than {LONGEST} bytes: rename them")
     return name
 

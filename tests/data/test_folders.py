@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch
 
 def test_folders_whose_names_are_too_long_for_a_case(tmp_path):
     write_series(tmp_path.joinpath(*(letter * 70 for letter in "abc")), IMAGE)
-    with pytest.raises(UserError, match="longer than 200 bytes: rename them"):
+    with pytest.raises(UserError, match="more than 200 bytes: rename them"):
         found(tmp_path)
 
 
