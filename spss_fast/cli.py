@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Any, NoReturn
 
 from spss_fast.config import SECTIONS
 from spss_fast.errors import UserError
+
+DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -82,11 +85,18 @@ def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) ->
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command: a ``UserError`` becomes one line on standard error and exit status 2."""
+    """Run a command: a ``UserError`` becomes one line on standard error and exit status 2, and so does a disk that is
+    full or may not be written."""
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; see to its permissions and to the space on its disk",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -204,6 +204,7 @@ class Config:
         return max(1, self.data.n_labeled // self.training.batch_labeled)
 
 
+PATHS = ("data_dir", "annotations", "cache_dir")
 PRESETS: dict[str, dict[str, Any]] = {
     "la": {"patch": (112, 112, 80), "max_in_plane": 320},
     "kits": {
@@ -367,6 +368,28 @@ def resolve(dataset: str, flags: dict[str, Any] | None = None, file: Path | None
     config.data.dataset = dataset
     _check(config)
     return config
+
+
+def located(data: DataSettings) -> DataSettings:
+    """``data`` with absolute paths, which mean the same in another working directory."""
+    return dataclasses.replace(data, **{name: _located(getattr(data, name)) for name in PATHS})
+
+
+def _located(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def differing(config: Config, flags: dict[str, Any], file: Path | None = None) -> list[str]:
+    """The settings among ``flags`` and those of ``file``, as ``flags`` scale them, that are not as in ``config``."""
+    names = _names()
+    asked = {}
+    if file:
+        resolved = resolve(config.data.dataset, flags, file)
+        asked = {name: getattr(getattr(resolved, names[name]), name) for name in _read_toml(file) if name != "dataset"}
+    asked |= {name: _typed(name, value) for name, value in flags.items()}
+    own = {name: getattr(getattr(config, names[name]), name) for name in asked}
+    return [name for name, value in asked.items()
+            if own[name] != value and not (name in PATHS and _located(own[name]) == _located(value))]
 
 
 def _check(config: Config) -> None:

@@ -28,7 +28,7 @@ from spss_fast.engine.evaluation import (
 )
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.weights import build_network
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 from spss_fast.nets.vnet import VNet
 
 DESCRIPTION = """Dice, Jaccard, 95% Hausdorff distance and average surface distance of a run's student: on the run's
@@ -55,31 +55,31 @@ def load_student(content: dict[str, Any], device: torch.device) -> VNet:
 
 
 def cases_to_measure(
-    settings: DataSettings, recorded: dict[str, Any], data_dir: Path | None
-) -> tuple[list[PreparedCase], bool]:
-    """The cases to measure, and whether they are of another folder than the run's own data.
+    settings: DataSettings, recorded: dict[str, Any], folder: Path
+) -> tuple[list[PreparedCase], bool, list[str]]:
+    """The cases of ``folder`` to measure, whether they are others than the run's own, and the names of those with a
+    label that are left out because they are, while all of the run's are there.
 
-    ``recorded`` is the run's ``cases.json``. A ``data_dir`` that holds a case of every name in it is the run's data,
+    ``recorded`` is the run's ``cases.json``. A ``folder`` that holds a case of every name in it is the run's data,
     moved; of any other all cases with a label are measured.
     """
-    own = Path(recorded["data_dir"])
-    if data_dir is None and not own.is_dir():
-        raise UserError(f"the run's data folder {own} does not exist: if it has moved, say where to with --data-dir")
-    folder = data_dir or own
-    same = folder.resolve() == own.resolve()
+    same, known = _is_where_it_was(folder, recorded), {*recorded["train"], *recorded["test"]}
     cases = find_cases(settings.dataset if same else "folder", folder)  # another one may be in any layout
-    foreign = not same and not {*recorded["train"], *recorded["test"]} <= {case.name for case in cases}
-    if foreign:
-        cases = [case for case in cases if case.label is not None]
-    else:
-        cases = [case for case in cases if case.name in set(recorded["test"])]
-    return prepare(cases, settings), foreign
+    labelled = [case for case in cases if case.label is not None]
+    if not same and not known <= {case.name for case in cases}:
+        return prepare(labelled, settings), True, []
+    own = [case for case in cases if case.name in set(recorded["test"])]
+    return prepare(own, settings), False, [case.name for case in labelled if case.name not in known]
+
+
+def _is_where_it_was(folder: Path, recorded: dict[str, Any]) -> bool:
+    return folder.resolve() == Path(recorded["data_dir"]).resolve()
 
 
 def described(names: Collection[str], recorded: dict[str, Any], folder: Path, foreign: bool) -> str:
     """What measured cases are to the run whose ``cases.json`` is ``recorded``, in the plural."""
     if not foreign:
-        moved = "" if folder.resolve() == Path(recorded["data_dir"]).resolve() else f" of the run, now in {folder}"
+        moved = "" if _is_where_it_was(folder, recorded) else f" of the run, now in {folder}"
         what = "held-out cases" if recorded["held_out"] else "unlabelled training cases (images seen, labels never)"
         return what + moved
     text = f"cases of another folder than the run's own, {folder}"
@@ -100,19 +100,20 @@ def evaluate(
     ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, or mm are asked for
     of HDF5 files, which keep no voxel size.
     """
-    rows, meaning, _ = _measure(run, data_dir, stride, units, device)
-    return rows, meaning
+    return _measure(run, data_dir, stride, units, device)[:2]
 
 
 def _measure(
     run: Path, data_dir: Path | None, stride: tuple[int, int, int] | None, units: str, device: str
-) -> tuple[Rows, str, dict[str, Any]]:
-    """:func:`evaluate`, and whose the cases are, for the summary."""
+) -> tuple[Rows, str, dict[str, Any], list[str]]:
+    """:func:`evaluate`, whose the cases are, for the summary, and which others were left out."""
     where = resolve_device(device)
     content = checkpoint.read(RunFolder(run).checkpoint, where)
     config, recorded = checkpoint.config_of(content), RunFolder(run).cases()
     folder = Path(data_dir or recorded["data_dir"])
-    cases, foreign = cases_to_measure(config.data, recorded, data_dir)
+    if data_dir is None and not folder.is_dir():
+        raise UserError(f"the run's data folder {folder} does not exist: if it has moved, say where to with --data-dir")
+    cases, foreign, left_out = cases_to_measure(config.data, recorded, folder)
     bare = [case for case in cases if case.case.preprocessed]
     if units == "mm" and bare:
         raise UserError(f"--units mm: {bare[0].case.image} is preprocessed HDF5, which keeps no voxel size: leave it "
@@ -129,7 +130,7 @@ def _measure(
         meaning += f"; training stopped at iteration {content['iteration']} of {config.training.iterations}"
     if grid := measured_grid(config.data):
         meaning += f"; on {grid}"
-    return rows, meaning, {"data_dir": str(folder.resolve()), "foreign": foreign}
+    return rows, meaning, {"data_dir": str(folder.resolve()), "foreign": foreign}, left_out
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -148,10 +149,17 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--out {out} is the name of the summary beside the table of metrics: name the table, "
                         f"{out.with_suffix('.csv')}")
     console = Console()
-    rows, meaning, whose = _measure(run, stride=stride, **given)
+    rows, meaning, whose, left_out = _measure(run, stride=stride, **given)
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
-    write_metrics(out, rows)
-    write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
+    if left_out:
+        console.print(f"not measured: {len(left_out)} labelled cases in {whose['data_dir']} that are not the run's "
+                      f"({some(left_out)}); to measure them, copy or link them into a folder of their own, without the "
+                      "run's cases, and give that as --data-dir", highlight=False, soft_wrap=True, markup=False)
+    try:
+        write_metrics(out, rows)
+        write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
+    except OSError as error:
+        raise UserError(f"the metrics cannot be written to {out} ({error.strerror}): name another --out") from error
     labels = run / "registration_labels.csv"
     if labels.exists():
         with labels.open(newline="") as file:

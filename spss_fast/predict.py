@@ -239,7 +239,9 @@ def main(arguments: list[str] | None = None) -> int:
           f"label maps in {given['out']}")
     if summary.empty:
         shown = some(summary.empty)
-        print(f"nothing but background was found in {len(summary.empty)} of them: {shown}", file=sys.stderr)
+        print(f"nothing but background was found in {len(summary.empty)} of them: {shown}; if they do show the "
+              "structure, see that their modality and intensities are those of the training scans, and how well the "
+              "run finds it there (evaluate, report)", file=sys.stderr)
     for reason in summary.bad.values():
         print(f"error: {reason}", file=sys.stderr)
     return 1 if summary.bad else 0

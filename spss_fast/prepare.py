@@ -181,6 +181,8 @@ def _prepare(cases: list[Case], config: Config) -> tuple[list[PreparedCase], lis
                 prepared += cache.prepare([case], config.data, progress=False)
             except UserError as error:
                 failures.append(str(error))
+        if len(failures) > 1 and len(set(failures)) == 1:  # no file's fault, but the cache's
+            raise UserError(failures[0]) from None
         return prepared, failures
 
 

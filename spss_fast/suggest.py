@@ -18,10 +18,11 @@ from spss_fast.data.annotation_export import (
     write_table,
 )
 from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.geometry import PLANES
 from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbnail
-from spss_fast.data.splits import read_list
-from spss_fast.errors import UserError
+from spss_fast.data.splits import read_lists
+from spss_fast.errors import UserError, some
 from spss_fast.files import refuse_among_scans
 
 DESCRIPTION = """Which volumes to annotate, and which slice of each, as image + empty label pairs that 3D Slicer and
@@ -29,7 +30,7 @@ ITK-SNAP open on that slice. Volumes: those that are most like all others (k-med
 halves the brightness of the middle of the scan. No label is looked at. Run it again with a larger --budget for more
 volumes: what --out already holds stays as it is."""
 # what shapes a prepared image; the rest of the settings has no say here
-USED = ("data_dir", "window", "body_crop", "resample", "max_in_plane", "downsample", "cache_dir", "workers")
+USED = ("data_dir", "plane", "window", "body_crop", "resample", "max_in_plane", "downsample", "cache_dir", "workers")
 BUDGET = 8
 
 
@@ -74,7 +75,7 @@ def suggest(
     folder = Path(settings.data_dir)
     refuse_among_scans(out, [folder], "copies of them")
     found = {case.name: case for case in find_cases(settings.dataset, folder)}
-    trained, tested = (read_list(folder / f"{part}.list", found) for part in ("train", "test"))
+    trained, tested = read_lists(folder, found)
     listed = read_table(out)
     wanted = budget - len(listed)
     if wanted <= 0:
@@ -89,7 +90,9 @@ def suggest(
         raise UserError(f"--budget {budget} needs {wanted} scans more than {out} holds, but {folder} has "
                         f"{len(pool) - len(fixed)}{left_out}: lower it, or add scans")
     prepared = prepare([replace(case, label=None) for case in pool], settings)
-    for case in choose(prepared, len(fixed) + wanted, fixed)[len(fixed) :]:
+    chosen = choose(prepared, len(fixed) + wanted, fixed)
+    _refuse_planes(chosen, listed)
+    for case in chosen[len(fixed) :]:
         place = case.slice_to_source(halving_slice(case.image))
         item = Suggestion(case.name, case.slice_axis(), place)
         export_case(out, case, item)
@@ -101,6 +104,22 @@ def suggest(
                   f"then: python -m spss_fast.prepare --data-dir {settings.data_dir} --annotations {out}",
                   highlight=False, soft_wrap=True)
     return listed
+
+
+def _refuse_planes(chosen: list[PreparedCase], listed: list[Suggestion]) -> None:
+    """Raise ``UserError`` where ``chosen`` cases would be annotated in different planes, as their slices lie, or those
+    that are ``listed`` are to be: training takes one plane."""
+    axes = {item.case: item.axis for item in listed}
+    names = {axis: name for name, axis in PLANES.items()}
+    planes: dict[str, list[str]] = {}
+    for case in chosen:
+        plane = names[case.source.patient_axes()[axes.get(case.name, case.slice_axis())]]
+        planes.setdefault(plane, []).append(case.name)
+    if len(planes) > 1:
+        shown = "; ".join(f"{plane}: {some(cases)}" for plane, cases in planes.items())
+        usual = next(iter(planes)) if listed else max(planes, key=lambda plane: len(planes[plane]))
+        raise UserError(f"slices lie in different planes ({shown}), and all scans must be annotated in the same one: "
+                        f"choose it, like --plane {usual}")
 
 
 def main(arguments: list[str] | None = None) -> None:

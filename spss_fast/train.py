@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from spss_fast import cli
-from spss_fast.config import PRESETS, Config, resolve
+from spss_fast.config import PRESETS, Config, differing, located, resolve
 from spss_fast.data.annotations import annotated_plane
 from spss_fast.data.dataset import Dataset, load
 from spss_fast.data.loader import batches, resolve_loader
@@ -33,6 +33,8 @@ DESCRIPTION = """Train a segmentation network from a folder of scans of which a 
 Settings come from the data set's preset, then --settings FILE.toml, then the flags below; the run folder keeps the
 resolved ones. --dataset phantom needs no data."""
 
+FIRST = "waiting for the first batch, which takes longest as kernels are made"
+
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line to a dictionary; settings that were not given are absent."""
@@ -40,7 +42,8 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dataset", choices=sorted(PRESETS), help="data set, and its preset (default: phantom)")
     parser.add_argument("--out", type=Path, default=None, help="run folder (default: runs/DATASET)")
     parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="settings that override the preset")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings (no "
+                        "others are taken)")
     cli.add_settings(parser, skip=("dataset",))
     return vars(parser.parse_args(arguments))
 
@@ -61,20 +64,20 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         keep_freed_memory()
     loader = resolve_loader(config.data.loader, device)
     # evaluation prepares its scans by the run's settings, so they name the plane that was annotated
-    config = replace(config, data=replace(config.data, plane=annotated_plane(config.data)))
+    config = replace(config, data=replace(located(config.data), plane=annotated_plane(config.data)))
     dataset = load(config, console)
     state = State(config, device, amp)
     if resume:
         folder.refuse_other_cases(dataset.describe())
         checkpoint.restore(state, checkpoint.read(folder.checkpoint, device))
-        folder.rewind("registration", state.epoch)
-        folder.rewind("joint", state.iteration)
+        folder.rewind(state.epoch, state.iteration)
     else:
         folder.create(config, device, dataset.describe())
         checkpoint.save(state, folder.checkpoint)  # so that there is one to go on from, wherever the run stops
     precision = "float32" if amp is None else str(amp).removeprefix("torch.")
     console.print(f"{dataset.summary()}; {device}, {precision}, {loader} loader; run folder {out}",
                   highlight=False, soft_wrap=True)
+    finished = state.iteration >= config.training.iterations
     again = f"python -m spss_fast.train --out {out} --resume"
     try:
         with determinism(config.training.deterministic):
@@ -83,7 +86,11 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
             measure_registration_labels(state, dataset, folder, console)
         if peak := peak_memory(device):
             console.print(f"peak memory: {peak / 2**30:.2f} GiB", highlight=False)
-        console.print(f"done; {_next_step(dataset, out)}", highlight=False, soft_wrap=True)
+        what = "done"
+        if finished:
+            what = f"nothing was left to train: this run had finished its {state.iteration} iterations (for more of " \
+                   "them begin another run, with --iterations and another --out)"
+        console.print(f"{what}; {_next_step(dataset, out)}", highlight=False, soft_wrap=True)
     except Abandoned:
         console.print(f"stopped at once; go on from the last checkpoint with: {again}", highlight=False, soft_wrap=True)
         raise
@@ -104,7 +111,7 @@ def pretrain_registration(state: State, dataset: Dataset, folder: RunFolder, con
     sampler = Sampler(dataset.labeled, dataset.unlabeled, config, config.training.seed + 1)
     epochs = config.registration.registration_epochs
     with (
-        Progress(console, "stage 1: registration", epochs, state.epoch) as progress,
+        Progress(console, "stage 1: registration", epochs, state.epoch, FIRST) as progress,
         closing(batches(sampler, state.device, state.epoch * per_epoch, config.data.loader)) as loader,
     ):
         while state.epoch < epochs:
@@ -125,7 +132,7 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
     if state.iteration >= training.iterations:
         return
     with (
-        Progress(console, "stage 2: joint training", training.iterations, state.iteration) as progress,
+        Progress(console, "stage 2: joint training", training.iterations, state.iteration, FIRST) as progress,
         profiler(training.profile, state.device, folder.path, console) as profile,
         closing(batches(sampler, state.device, state.iteration, config.data.loader)) as loader,
     ):
@@ -207,12 +214,13 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = dataset or "phantom"
     out = out or Path("runs") / chosen
     if resume:
-        if given or settings:
-            extra = ", ".join("--" + name.replace("_", "-") for name in given) or "--settings"
-            raise UserError(f"--resume goes on with the run's own settings: leave out {extra}")
         config = checkpoint.config_of(checkpoint.read(RunFolder(out).checkpoint))
         if dataset not in (None, config.data.dataset):
             raise UserError(f"the run in {out} is of --dataset {config.data.dataset}: leave out --dataset {dataset}")
+        if others := differing(config, given, settings):
+            flags = ["--" + name.replace("_", "-") for name in others if name in given] or ["--settings"]
+            raise UserError(f"--resume goes on with the run's own settings, and {', '.join(others)} would be another: "
+                            f"leave out {', '.join(flags)}")
     else:
         config = resolve(chosen, given, settings)
     train(config, out, resume)

@@ -1,5 +1,6 @@
 """spss-fast: its table, its dispatch, and that it is the same as python -m."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -104,6 +105,24 @@ def test_what_the_user_can_mend_ends_in_one_line(tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith(f"error: there is no folder {tmp_path / 'nowhere'}: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_an_interrupt_among_the_imports_leaves_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    for module, arguments in (("spss_fast.train", ()), ("spss_fast", ("train",))):
+        result = subprocess.run([sys.executable, "-m", module, *arguments], cwd=tmp_path, capture_output=True,
+                                text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert result.returncode and result.stderr == "interrupted\n"
+
+
+@pytest.mark.parametrize("kind, said", [(errno.ENOSPC, "error: a/b.csv: No space left"), (errno.ENOENT, None)])
+def test_a_full_disk_is_said_in_one_line(kind, said, capsys):
+    def main():
+        raise OSError(kind, os.strerror(kind), "a/b.csv")
+
+    with pytest.raises(SystemExit if said else FileNotFoundError):
+        cli.run(main)
+    assert not said or capsys.readouterr().err.startswith(said)
 
 
 def test_a_command_gets_its_arguments_as_they_are_and_its_status_is_kept(monkeypatch):

@@ -192,6 +192,7 @@ def test_empty_label_maps_are_named(tmp_path, capsys):
     assert predict.main([str(tmp_path / "la"), str(tmp_path / "out"), "--run", str(run)]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "nothing but background was found in 2 of them" in said and "lgemri.nrrd" in said
+    assert "see that their modality and intensities are those of the training scans" in said
 
 
 def test_weights_of_others(run, tmp_path):

@@ -50,6 +50,17 @@ def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsy
     assert prepare.main(["--data-dir", "scans", "--settings", "scans.toml"]) == 0  # as it was edited
 
 
+def test_annotations_of_nearly_all_scans_need_training_without_unlabelled_ones(tmp_path):
+    for i, name in enumerate("abc"):
+        image, label = ball((32, 32, 32), i)
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+        if name != "c":
+            annotate(tmp_path / "todo", name, 2, 16, label)
+    result = run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "todo"))
+    text = " ".join(result.settings.read_text().split("\n# "))
+    assert "annotations names 2 of the 3 scans" in text and "--batch-unlabeled 0" in text
+
+
 def test_annotations_that_are_all_empty_are_refused(tmp_path):
     image, label = ball((32, 32, 32))
     write_image(tmp_path / "scans" / "a.nii.gz", image)
@@ -144,6 +155,14 @@ def test_bad_files_are_listed_and_the_others_prepared(tmp_path):
     assert len(result.unusable) == 2
     assert "b.nii.gz cannot be read" in result.unusable[0] and "d lacks slices" in result.unusable[1]
     assert f"# left out: {tmp_path}" in result.settings.read_text()
+
+
+def test_a_cache_that_cannot_be_written_is_named_once(tmp_path):
+    for name in "ab":
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", ball((40, 36, 34))[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"the cache folder .* cannot be made"):
+        run(tmp_path, tmp_path / "scans", cache_dir=str(tmp_path / "file" / "cache"))
 
 
 def test_decathlon_says_its_modality_and_labels(tmp_path):

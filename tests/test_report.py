@@ -174,6 +174,7 @@ def test_curves_settings_and_environment_are_there(page):
               "K, the voxels", "Uncertainty of the teacher", "Teacher's share of the fused labels", "Ramp")
     assert all(title in page.text for title in titles)
     settings = {row[0]: row[1] for table in page.tables for row in table if len(row) == 2}
+    assert "annotations" not in settings and settings["max_in_plane"] == "0"  # what is none in the preset too
     assert settings["iterations"] == f"3 (preset: {resolve('phantom').training.iterations})"
     assert settings["temperature"] == "0.07"
     assert settings["torch"] and settings["command"] and settings["held out"] == "yes"
@@ -281,6 +282,14 @@ def test_scans_that_are_gone_leave_the_rest(run, finished):
     assert "could not be read" not in page.text and "Worst of 3" in page.text
 
 
+def test_annotations_that_are_gone_leave_the_test_cases(run, tmp_path):
+    content = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
+    content["config"]["data"]["annotations"] = str(tmp_path / "gone.csv")
+    torch.save(content, run / "checkpoints" / "last.pt")
+    page = _page(run, cases=1)
+    assert "Annotated volumes are left out" in page.text and "gone.csv" in page.text and "Worst of 3" in page.text
+
+
 def test_without_full_labels_nothing_is_compared(run, finished, tmp_path):
     """Test cases without a label, annotated ones with a label of the annotated slice alone."""
     cases = json.loads((run / "cases.json").read_text())
@@ -331,7 +340,7 @@ def test_options_that_cannot_be(run, options, said):
 
 
 def test_files_that_cannot_be_read(run, tmp_path):
-    with pytest.raises(UserError, match=r"no run in .* give the --out of a training"):
+    with pytest.raises(UserError, match=r"no run in .* no config\.toml: give one of those in it, .*/run$"):
         report.report(tmp_path)
     (run / "evaluation.csv").write_text("case,dice\na,many\n")
     with pytest.raises(UserError, match=r"evaluation\.csv is not as the run wrote it"):

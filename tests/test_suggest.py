@@ -235,6 +235,21 @@ def test_empty_labels_in_either_byte_order(tmp_path, order):
     assert not sitk.GetArrayViewFromImage(label).any()
 
 
+def test_all_slices_are_suggested_in_one_plane(tmp_path):
+    """Else what is annotated would be refused afterwards."""
+    for i, spacing in enumerate([(1.0, 1.0, 4.0), (4.0, 1.0, 1.0)] * 2 + [(1.0, 1.0, 4.0)]):
+        shape = tuple(10 if side == 4 else 24 for side in spacing)
+        write_image(tmp_path / "scans" / f"{i}.nii.gz", ball(shape, i)[0], spacing)
+    said = r"different planes \(axial: 0, 2, 4; sagittal: 1, 3\).*choose it, like --plane axial"
+    with pytest.raises(UserError, match=said):
+        run(tmp_path / "scans", tmp_path / "todo", 5)
+    assert not (tmp_path / "todo").exists()
+    assert {item.axis for item in run(tmp_path / "scans", tmp_path / "todo", 3, plane="sagittal")} == {0}
+    with pytest.raises(UserError, match="like --plane sagittal"):
+        run(tmp_path / "scans", tmp_path / "todo", 5)
+    assert len(run(tmp_path / "scans", tmp_path / "todo", 5, plane="sagittal")) == 5
+
+
 def test_no_label_is_looked_at(tmp_path):
     write_la(tmp_path / "la", 5)
     before = run(tmp_path / "la", tmp_path / "before", 3)

@@ -68,6 +68,7 @@ def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
     train.main(["--dataset", "phantom", "--out", str(run), *_flags(settings)])
     shown = capsys.readouterr().out
     assert "registration labels of the 2 annotated volumes: Dice" in shown
+    assert "stage 2: joint training 0/3: waiting for the first batch" in shown
     assert 0.1 < float(re.search(r"peak memory: (\S+) GiB", shown)[1]) < 50
     assert resolve("phantom", {}, run / "config.toml") == resolve("phantom", settings)
     recorded = json.loads((run / "cases.json").read_text())
@@ -177,6 +178,11 @@ def test_data_that_moved_are_measured_as_before(settings, phantoms, tmp_path, ca
     assert (tmp_path / "run" / "evaluation.csv").read_text() == before
     about = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert (about["data_dir"], about["foreign"]) == (str(moved), False)
+    shutil.copytree(moved / "case_00001", moved / "new")
+    evaluate.main(["--run", str(tmp_path / "run"), "--data-dir", str(moved)])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"not measured: 1 labelled cases in {moved} that are not the run's (new); to measure them" in shown
+    assert (tmp_path / "run" / "evaluation.csv").read_text() == before
 
 
 def test_another_data_folder_can_be_measured(settings, phantoms, tmp_path):
@@ -409,15 +415,27 @@ def test_bad_command_lines_end_in_one_line_and_write_nothing(arguments, said, tm
     assert not (tmp_path / "runs").exists()
 
 
-def test_resume_keeps_the_runs_own_settings(tmp_path):
-    with pytest.raises(UserError, match="leave out --iterations"):
-        train.main(["--out", str(tmp_path), "--resume", "--iterations", "5"])
-
-
-def test_resume_keeps_to_the_runs_data_set(settings, tmp_path):
-    _train(settings | {"iterations": 1}, tmp_path)
+def test_resume_keeps_the_runs_own_settings(settings, phantoms, tmp_path, monkeypatch, capsys):
+    """From another working directory, too."""
+    monkeypatch.chdir(phantoms.parent)
+    run, flags = tmp_path / "run", settings | {"iterations": 1, "data_dir": phantoms.name}
+    (tmp_path / "mine.toml").write_text("lr = 0.02\npatch = [32, 32, 16]\n")
+    train.main(["--out", str(run), "--settings", str(tmp_path / "mine.toml"), *_flags(flags)])
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    train.main(["--out", str(run), "--resume"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "nothing was left to train: this run had finished its 1 iterations" in shown
+    assert f"measure it with: python -m spss_fast.evaluate --run {run}" in shown
+    same = ["--out", str(run), "--resume", "--settings", "mine.toml", *_flags(flags | {"data_dir": str(phantoms)})]
+    train.main(same)
+    with pytest.raises(UserError, match="filters, iterations would be another: leave out --filters, --iterations"):
+        train.main([*same, "--iterations", "5", "--filters", "4"])
+    (tmp_path / "mine.toml").write_text("lr = 0.03\n")
+    with pytest.raises(UserError, match="lr would be another: leave out --settings"):
+        train.main(same)
     with pytest.raises(UserError, match="is of --dataset phantom: leave out --dataset kits"):
-        train.main(["--dataset", "kits", "--out", str(tmp_path), "--resume"])
+        train.main(["--dataset", "kits", "--out", str(run), "--resume"])
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):

@@ -29,7 +29,8 @@ import SimpleITK as sitk
 
 from spss_fast.data.annotations import SLICES, read_slices
 from spss_fast.data.cache import PreparedCase
-from spss_fast.data.geometry import Grid, to_image
+from spss_fast.data.geometry import to_image
+from spss_fast.data.images import byte_order, nifti_start, read_grid
 from spss_fast.data.layouts import Scan, read_case
 from spss_fast.data.viewers import itksnap_workspace, slicer_scene, slicer_view
 from spss_fast.errors import UserError
@@ -100,14 +101,6 @@ beyond the scan's end is of one value; nothing is to be annotated there.
 
 {cases}
 """
-
-
-def read_grid(path: Path) -> Grid:
-    """Where the array of an image file lies, from its header."""
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    return Grid(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
 def export_case(folder: Path, case: PreparedCase, suggestion: Suggestion) -> None:
@@ -199,9 +192,8 @@ def write_empty(path: Path, like: Path) -> None:
     Its header is that of the other but for the voxel type, so that every program reads the same geometry from both,
     to the last bit; a header that ITK writes anew rounds an oblique direction once more.
     """
-    with gzip.open(like) as file:
-        header = bytearray(file.read(348))
-    order = "<" if header[:4] == struct.pack("<i", 348) else ">"
+    header = bytearray(nifti_start(like, 348))
+    order = byte_order(header)
     dim = struct.unpack_from(order + _DIM[1], header, _DIM[0])
     # voxel type uint8, its bits, where the voxels begin, no intensity scaling, no display range
     for offset, kind, values in _EMPTY:

@@ -167,7 +167,9 @@ def _state(folder: Path, suggested: Annotation | None, settings: DataSettings) -
     files = [path for path in sorted(folder.glob("*")) if stem(path).lower() == ANNOTATION]
     if len(files) != 1:
         found = "no" if not files else "more than one"
-        return f"{folder} holds {found} {ANNOTATION} file: save the annotated slice as {ANNOTATION}.nii.gz in it"
+        strike = f", or strike the case from {SLICES}" if suggested and not files else ""
+        mend = f"save the annotated slice as {ANNOTATION}.nii.gz in it{strike}"
+        return f"{folder} holds {found} {ANNOTATION} file: {mend}"
     try:
         stat = files[0].stat()
         return _find_slice(files[0], (stat.st_mtime_ns, stat.st_size), suggested, _learnt(settings))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.config import PRESETS, DataSettings, toml_literal
+from spss_fast.config import PRESETS, DataSettings, TrainingSettings, toml_literal
 from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
@@ -287,6 +287,9 @@ def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int
     if thin:
         remarks.append(f"{len(thin)} labels show one slice or none: {some(thin)}; such a label can be a scan's "
                        "annotation, but nothing is tested on it")
+    if annotated > len(scans) - TrainingSettings.batch_unlabeled:
+        remarks.append(f"annotations names {annotated} of the {len(scans)} scans, which leaves too few without: add "
+                       "scans, or train with --batch-unlabeled 0, on annotated ones alone")
     if not labelled and not annotated:
         remarks.append("no scan has a label: annotate one slice in each of n_labeled scans, then set annotations")
     return remarks

@@ -19,6 +19,7 @@ from spss_fast.data.images import ENDINGS, stem
 from spss_fast.errors import UserError
 
 DEPTH = 4  # folders below the data folder in which plain scans are looked for: patient/study/series, and one more
+LONGEST = 200  # bytes of a case's name: file systems allow 255, some of which what it is followed by takes
 WORDS = {
     "label": "labels?|segmentations?|seg|masks?|gt|laendo",
     "image": "images?|imgs?|imaging|scans?|volumes?|ct|mri?|lgemri",
@@ -141,12 +142,13 @@ def find_images(data_dir: Path) -> list[tuple[str, Path]]:
 
 
 def _items(data_dir: Path) -> Iterator[_Item]:
-    for parent, folders, names in os.walk(data_dir):
+    for parent, folders, names in os.walk(data_dir, onerror=_refuse_closed, followlinks=True):
         folder = Path(parent)
         parts = folder.relative_to(data_dir).parts
-        # a data set of another layout below this folder is not a case of it
+        # a data set of another layout below this folder is not a case of it, and a link upwards is none at all
         folders[:] = sorted(name for name in folders if not name.startswith(".") and len(parts) < DEPTH
-                            and not (folder / name / "imagesTr").is_dir())
+                            and not os.path.isdir(folder / name / "imagesTr")
+                            and not folder.resolve().is_relative_to((folder / name).resolve()))
         files = [folder / name for name in sorted(names) if not name.startswith(".")]
         roles = {_role_of(part) for part in parts}
         inside = [part for part in parts if _role_of(part) is None]
@@ -154,8 +156,14 @@ def _items(data_dir: Path) -> Iterator[_Item]:
             if stem(path) and stem(path).lower() != ANNOTATION:
                 yield _item(path, inside, "label" if "label" in roles else None)
         if has_series(path for path in files if not stem(path)):
-            name = "_".join(inside) or data_dir.resolve().name
+            name = _joined(inside, folder) or data_dir.resolve().name
             yield _Item("image", name, folder)
+
+
+def _refuse_closed(error: OSError) -> None:
+    """``os.walk`` would pass over a folder that it cannot open, and its cases would be missing without a word."""
+    why = f"{error.filename} cannot be opened ({error.strerror})"
+    raise UserError(f"{why}: make it readable, or take it away") from error
 
 
 def _role_of(text: str) -> str | None:
@@ -170,7 +178,16 @@ def _item(path: Path, folders: list[str], role: str | None) -> _Item:
     said = _role_of(name)
     if said is None:
         said, name = _split(name)
-    return _Item(role or said or "image", "_".join(folders) or name, path)
+    return _Item(role or said or "image", _joined(folders, path) or name, path)
+
+
+def _joined(folders: list[str], path: Path) -> str:
+    """The name of the case at ``path``, in ``folders`` within each other."""
+    name = "_".join(folders)
+    if len(name.encode()) > LONGEST:
+        raise UserError(f"{path}: its folders' names, joined, are the case's name, and as a file's too long with more "
+                        f"than {LONGEST} bytes: rename them")
+    return name
 
 
 def _split(name: str) -> tuple[str | None, str]:

@@ -71,8 +71,13 @@ def _header(path: Path) -> sitk.ImageFileReader:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
+        if path.exists() and not os.access(path, os.R_OK):  # of which ITK says that it does not exist
+            raise UserError(f"{path} cannot be opened (permission denied): make it readable") from error
         if "spacing" in str(error).lower():
             raise UserError(f"{path} has a voxel spacing of zero: correct its header") from error
+        if "orthonormal" in str(error):
+            raise UserError(f"{path} has axes that are not at right angles to each other, or none at all (its sform): "
+                            "resample the scan onto ones that are, or correct its header") from error
         if _is_nifti2(path):  # ITK 5.4 knows NIfTI-1 only
             raise UserError(f"{path} is NIfTI-2, which is not read: save it as NIfTI-1, or as NRRD") from error
         raise UserError(f"{path} cannot be read as a medical image: {reason(error)}; fetch the file again") from error
@@ -91,11 +96,12 @@ def _nifti_spacing(path: Path) -> tuple[float, ...]:
     """The spacing as a NIfTI header has it, where ITK makes 1 mm of 0; empty for other files."""
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         return ()
-    header = _nifti_start(path, 92)
-    return struct.unpack_from(_byte_order(header) + "3f", header, 80)
+    header = nifti_start(path, 92)
+    return struct.unpack_from(byte_order(header) + "3f", header, 80)
 
 
-def _nifti_start(path: Path, length: int) -> bytes:
+def nifti_start(path: Path, length: int) -> bytes:
+    """The first ``length`` bytes of a NIfTI file, packed or not."""
     with _opened(path) as file:
         return file.read(length)
 
@@ -108,14 +114,14 @@ def _is_packed(path: Path) -> bool:
     return path.suffix.lower() == ".gz"
 
 
-def _byte_order(header: bytes) -> str:
-    """Of a NIfTI-1 header, which begins with its own size, 348."""
+def byte_order(header: bytes) -> str:
+    """``<`` or ``>``: of a NIfTI-1 header, which begins with its own size, 348."""
     return "<" if header[:1] == b"\x5c" else ">"
 
 
 def _is_nifti2(path: Path) -> bool:
     try:
-        return ending(path) in (".nii", ".nii.gz") and _nifti_start(path, 8)[4:] in (b"n+2\0", b"ni2\0")
+        return ending(path) in (".nii", ".nii.gz") and nifti_start(path, 8)[4:] in (b"n+2\0", b"ni2\0")
     except (EOFError, OSError, zlib.error):
         return False
 
@@ -149,7 +155,7 @@ def _scan_nifti(path: Path, offset: int, needed: int, kind: str | None) -> tuple
     try:
         with _opened(path) as file:
             header = file.read(offset)
-            order, length = _byte_order(header), len(header)
+            order, length = byte_order(header), len(header)
             while length < needed and (block := file.read(min(1 << 24, needed - length))):
                 length += len(block)
                 if kind is not None:

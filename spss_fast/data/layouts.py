@@ -29,13 +29,15 @@ LAYOUTS = {
     "phantom": ("kits_raw",),
     "folder": ("la_h5", "la_raw", "kits_raw", "h5", *FOLDERS),
 }
-_SOURCES = (
-    "KiTS19 comes from github.com/neheller/kits19 (clone it, then fetch the scans as it says), LA from the 2018 Atrial "
-    "Segmentation Challenge (atriaseg2018.cardiacatlas.org); --dataset phantom needs no data"
-)
-_OWN_SCANS = (
-    "give the folder that holds your scans, as NIfTI, NRRD, MetaImage or DICOM (docs/own-data.md lists the layouts)"
-)
+_SOURCES = {
+    "la": "LA comes from the 2018 Atrial Segmentation Challenge (atriaseg2018.cardiacatlas.org); --dataset phantom "
+          "needs no data",
+    "kits": "KiTS19 comes from github.com/neheller/kits19 (clone it, then fetch the scans as it says); --dataset "
+            "phantom needs no data",
+    "phantom": "leave out --data-dir, and training writes phantoms into phantoms/",
+    "folder": "give the folder that holds your scans, as NIfTI, NRRD, MetaImage or DICOM (docs/own-data.md lists the "
+              "layouts)",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Scan:
 
 def sources(dataset: str) -> str:
     """Where the scans of a data set come from, for who has not got them."""
-    return _OWN_SCANS if dataset == "folder" else _SOURCES
+    return _SOURCES[dataset]
 
 
 def find_cases(dataset: str, data_dir: Path) -> list[Case]:

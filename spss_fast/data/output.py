@@ -10,7 +10,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from spss_fast.data.geometry import Grid, to_image
-from spss_fast.data.images import ENDINGS, ending
+from spss_fast.data.images import ENDINGS, byte_order, ending, nifti_start
 
 # the input's ending, and the one that its outputs get: one file each, and header fields that hold the same digits
 OUTPUTS = {end: end for end in ENDINGS} | {".nhdr": ".nrrd", ".mhd": ".mha"}
@@ -44,17 +44,13 @@ def _write_nifti(image: sitk.Image, path: Path, source: Path) -> None:
     try:
         sitk.WriteImage(image, str(plain))
         if ending(source) in (".nii", ".nii.gz"):
-            with gzip.open(source) if ending(source) == ".nii.gz" else open(source, "rb") as file:
-                start = file.read(NIFTI.itemsize)
-            # the header begins with its own size
-            order = {b"\x5c\x01\x00\x00": "<", b"\x00\x00\x01\x5c": ">"}.get(start[:4])
-            if order is not None:
-                header = np.frombuffer(start, NIFTI.newbyteorder(order))[0]
-                written = np.memmap(plain, NIFTI.newbyteorder("<"), mode="r+", shape=1)
-                for name in NIFTI.names:
-                    written[name] = header[name]
-                written.flush()
-                del written  # or Windows could not move the file
+            start = nifti_start(source, NIFTI.itemsize)
+            header = np.frombuffer(start, NIFTI.newbyteorder(byte_order(start)))[0]
+            written = np.memmap(plain, NIFTI.newbyteorder("<"), mode="r+", shape=1)
+            for name in NIFTI.names:
+                written[name] = header[name]
+            written.flush()
+            del written  # or Windows could not move the file
         if ending(path) == ".nii":
             plain.replace(path)
             return

@@ -43,7 +43,7 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
     settings, training = config.data, config.training
     known = {case.name: case for case in cases}
     data_dir = Path(data_dir)
-    train, test = (read_list(data_dir / f"{part}.list", known) for part in ("train", "test"))
+    train, test = read_lists(data_dir, known)
     drawn = sorted(known, key=lambda name: hashlib.sha256(f"{training.seed}:{name}".encode()).digest())
     if train is not None and test is not None and (both := sorted(set(train) & set(test))):
         raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
@@ -68,7 +68,8 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
         raise UserError(
             f"{data_dir} leaves {len(train)} volumes to train on ({len(known)} in all, {len(test) if held_out else 0} "
             f"for testing), but n_labeled = {settings.n_labeled} and batch_unlabeled = {training.batch_unlabeled} need "
-            f"{needed}: add scans, or lower n_labeled or n_test")
+            f"{needed}: add scans, lower n_labeled or n_test, or set batch_unlabeled = 0 to train on annotated scans "
+            "alone")
     bare = [name for name in train[: settings.n_labeled] if not known[name].has_label and (
         name not in named or named[name].label is None)]
     if bare:
@@ -83,8 +84,7 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
 
 def taking_part(cases: list[Case], data_dir: Path) -> list[Case]:
     """The cases that ``train.list`` and ``test.list`` name where both are there, else all: those to prepare."""
-    known = {case.name for case in cases}
-    lists = [read_list(data_dir / f"{part}.list", known) for part in ("train", "test")]
+    lists = read_lists(data_dir, {case.name for case in cases})
     return cases if None in lists else [case for case in cases if any(case.name in names for names in lists)]
 
 
@@ -94,7 +94,12 @@ def _annotated_first(train: list[str], named: Collection[str], count: int) -> li
     return sorted(train, key=lambda name: name not in annotated)
 
 
-def read_list(path: Path, known: Collection[str]) -> list[str] | None:
+def read_lists(data_dir: Path, known: Collection[str]) -> tuple[list[str] | None, list[str] | None]:
+    """What ``train.list`` and ``test.list`` in the data folder name; None for one that is not there."""
+    return _read_list(data_dir / "train.list", known), _read_list(data_dir / "test.list", known)
+
+
+def _read_list(path: Path, known: Collection[str]) -> list[str] | None:
     """Case names, one a line, with or without a file ending; None where there is no such list."""
     if not path.exists():
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from spss_fast.config import Config, from_dict, to_dict
+from spss_fast.engine.run_folder import no_run
 from spss_fast.engine.step import State
 from spss_fast.errors import UserError
 from spss_fast.files import atomically
@@ -33,8 +34,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         run = Path(path).parent.parent
-        missing = f"no checkpoint at {path}" if run.is_dir() else f"there is no folder {run.absolute()}"
-        raise UserError(f"{missing}: give the folder of a training, its --out") from error
+        raise no_run(run, str(Path(path).relative_to(run))) from error
     except pickle.UnpicklingError as error:
         raise UserError(f"cannot read the checkpoint {path}: it is damaged, or pickles more than tensors and plain "
                         "values, which are all that is ever loaded (save a state_dict)") from error

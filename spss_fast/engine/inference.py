@@ -29,15 +29,26 @@ def _profile(side: int, gaussian: bool) -> Tensor:
     return torch.exp(-0.5 * (offset / (side / 8)) ** 2) if gaussian else torch.ones(side)
 
 
+FLIPS: list[tuple[int, ...]] = [(), (2,), (3,), (2, 3)]
+LEAST = 16**3  # voxels of the smallest window, of which the V-Net's halvings leave one
+
+
+def _accompanied(batch: Tensor) -> Tensor:
+    """``batch`` for normalisation by its own statistics: a lone window of the smallest size, whose one value per
+    channel at the bottleneck has no variance, gets its flips beside it."""
+    return torch.cat([batch.flip(axes) for axes in FLIPS]) if batch.numel() == LEAST else batch
+
+
 def _softmax(network: nn.Module, batch: Tensor, amp: torch.dtype | None, mirror: bool) -> Tensor:
     """Softmax (B, C, h, w, d) float32 of ``batch``; with ``mirror`` the mean over the four in-plane flips, the ones
     that training draws."""
     total = None
-    flips: list[tuple[int, ...]] = [(), (2,), (3,), (2, 3)] if mirror else [()]
+    flips = FLIPS if mirror else FLIPS[:1]
     for axes in flips:
         flipped = batch.flip(axes) if axes else batch
         with torch.autocast(batch.device.type, amp, enabled=amp is not None):
-            logits = network(flipped.contiguous(memory_format=torch.channels_last_3d))
+            shown = _accompanied(flipped) if network.training else flipped
+            logits = network(shown.contiguous(memory_format=torch.channels_last_3d))[: len(batch)]
         probability = logits.float().softmax(1)
         if axes:
             probability = probability.flip(axes)
@@ -117,7 +128,7 @@ def refresh_batch_norm(network: nn.Module, batches: Iterable[Tensor], amp: torch
         norm.train()
     for batch in batches:
         with torch.autocast(batch.device.type, amp, enabled=amp is not None):
-            network(batch)
+            network(_accompanied(batch))
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
     network.eval()

@@ -38,7 +38,8 @@ def _panel(axis, image: np.ndarray, title: str, labels: dict[str, np.ndarray], c
 
 
 def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, values: Sequence[int]) -> None:
-    """One row per annotated volume of the batch, at its annotated slice and half way to either end of the patch.
+    """Three rows per annotated volume of the batch, which they name: at its annotated slice and half way to either end
+    of the patch.
 
     Columns: registration label, fused label and the student's prediction, each with the reference where a full label
     exists; then the mixed image m, turned as its views are, with the voxels that the uncertainty mask M selects.
@@ -59,6 +60,8 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
             if batch.reference is not None:
                 shown = {"reference": batch.reference[i, :, :, z].numpy()} | shown
             _panel(axis, image[i, :, :, z], f"{name}, slice {z}{star}", shown, len(values))
+        row[0].text(-0.02, 0.5, batch.names[i], rotation=90, ha="right", va="center", fontsize=9, parse_math=False,
+                    transform=row[0].transAxes)
         title = f"m (CutMix, turned); blue: {mask.sum():,} selected, {mask.mean():.2%}"
         _panel(row[3], mixed[i, :, :, z], title, {}, len(values))
         overlay = np.zeros((*mask.shape[1:3], 4))
@@ -71,7 +74,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
     if several:
         lines = [Line2D([], [], color=_class_color(c), label=f"label {v}") for c, v in enumerate(values) if c]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
-    figure.suptitle(f"iteration {iteration}: {', '.join(batch.names[: len(batch.index)])} ({reference})", fontsize=10)
+    figure.suptitle(f"iteration {iteration} ({reference})", fontsize=10)
     atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))
 
 

@@ -13,9 +13,12 @@ LINE_EVERY = 15.0  # seconds between lines where there is no terminal to redraw
 
 
 class Progress:
-    """Progress of one stage: a bar where ``console`` is a terminal, else a line every few seconds."""
+    """Progress of one stage: a bar where ``console`` is a terminal, else a line every few seconds.
 
-    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+    ``awaited`` is what it says until the first update, where that takes long.
+    """
+
+    def __init__(self, console: Console, title: str, total: int, done: int = 0, awaited: str = "") -> None:
         self._console, self._title, self._total, self._first = console, title, total, done
         self._started = self._last_line = time.monotonic()
         self._bar: RichProgress | None = None
@@ -24,7 +27,9 @@ class Progress:
                 TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
                 TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console,
             )
-            self._task = self._bar.add_task(title, total=total, completed=done, status="")
+            self._task = self._bar.add_task(title, total=total, completed=done, status=awaited)
+        elif awaited and done < total:
+            console.print(f"{title} {done}/{total}: {awaited}", highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Progress:
         if self._bar:

@@ -36,6 +36,15 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def no_run(folder: Path, lacks: str) -> UserError:
+    """The error of a ``folder`` that is no run, as it ``lacks`` something: which runs lie in it, if any do."""
+    if not folder.is_dir():
+        return UserError(f"there is no folder {folder.absolute()}: give the folder of a training, its --out")
+    below = sorted(path.parent for path in folder.glob("*/config.toml"))
+    give = f"one of those in it, {some(below)}" if below else "the folder of a training, its --out"
+    return UserError(f"no run in {folder}, as there is no {lacks}: give {give}")
+
+
 class RunFolder:
     """Paths and writers of one run.
 
@@ -49,11 +58,15 @@ class RunFolder:
         self.checkpoint = path / "checkpoints" / "last.pt"
         self.previews = path / "previews"
         self._writer: SummaryWriter | None = None
+        self._shown: int | None = None  # the step up to which TensorBoard keeps what an interrupted run logged
 
     def create(self, config: Config, device: torch.device, cases: dict[str, Any]) -> None:
         """Start a run here; ``UserError`` if the folder already holds one (see :meth:`refuse_if_used`)."""
         self.refuse_if_used()
-        self.previews.mkdir(parents=True, exist_ok=True)
+        try:
+            self.previews.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be made ({error.strerror}): choose another --out") from error
         write_json(self.path / "environment.json", environment(device))
         write_json(self.path / "cases.json", cases)
         atomically(self.path / "config.toml", lambda temporary: temporary.write_text(to_toml(config)))
@@ -94,13 +107,39 @@ class RunFolder:
                 writer.writerow(["step", *row])
             writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
         if self._writer is None:
-            self._writer = SummaryWriter(self.path)
+            self._writer = self._events(stage, step)
+        self._add(self._writer, stage, step, row)
+
+    def _events(self, stage: str, step: int) -> SummaryWriter:
+        """TensorBoard's events from the row ``step`` of ``stage`` on, which is in the CSV already.
+
+        Of a run that goes on TensorBoard drops what it has beyond a step, of both stages alike: the rows that stay are
+        written anew.
+        """
+        if self._shown is None:
+            return SummaryWriter(self.path)
+        writer = SummaryWriter(self.path, purge_step=self._shown + 1)
+        for name in STAGES:
+            for row in _rows(self.path / f"{name}.csv"):
+                here = int(row.pop("step"))
+                if here > self._shown and (name, here) != (stage, step):
+                    self._add(writer, name, here, {key: float(value) for key, value in row.items()})
+        return writer
+
+    @staticmethod
+    def _add(writer: SummaryWriter, stage: str, step: int, row: dict[str, float]) -> None:
         for name, value in row.items():
             if not math.isnan(value):
-                self._writer.add_scalar(f"{stage}/{name}", value, step)
+                writer.add_scalar(f"{stage}/{name}", value, step)
 
-    def rewind(self, stage: str, step: int) -> None:
-        """Drop rows after ``step``: what an interrupted run logged beyond its last checkpoint is computed again."""
+    def rewind(self, epoch: int, iteration: int) -> None:
+        """Drop rows after ``epoch`` of stage 1 and ``iteration``: what an interrupted run logged beyond its last
+        checkpoint is computed again."""
+        self._shown = min(epoch, iteration)
+        self._rewind("registration", epoch)
+        self._rewind("joint", iteration)
+
+    def _rewind(self, stage: str, step: int) -> None:
         path = self.path / f"{stage}.csv"
         if not path.exists():
             return
@@ -118,3 +157,10 @@ class RunFolder:
         """Flush TensorBoard's events."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

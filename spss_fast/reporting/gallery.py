@@ -126,10 +126,14 @@ def gallery(
         own = data.dataset, Path(data_dir or record.data_dir)
         measured = ("folder", Path(record.about["data_dir"])) if record.foreign else own
         prepared = [_prepared(*measured, tested, data), _prepared(*own, annotated, data)]  # names may be in both
-        given = read_annotations(data)
     except UserError as error:
         made.notes.append(f"The scans could not be read: {error}. Where they lie now is what --data-dir says.")
         return made
+    try:
+        given = read_annotations(data)
+    except UserError as error:
+        given, annotated, prepared[1] = {}, {}, {}
+        made.notes.append(f"Annotated volumes are left out, as their annotations could not be read: {error}.")
     lost = [name for names, found in zip((tested, annotated), prepared) for name in names if name not in found]
     if lost:
         made.notes.append(f"Not in the data folder, and so not shown: {', '.join(lost)}. Where the scans lie now is "

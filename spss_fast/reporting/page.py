@@ -148,6 +148,8 @@ def _configuration(record: Record) -> dict[str, list[dict[str, Any]]]:
         chosen[section] = []
         for item in dataclasses.fields(cls):
             value, default = (getattr(getattr(config, section), item.name) for config in (record.config, preset))
+            if value == default and _plain(value) == "none":
+                continue
             chosen[section].append({
                 "name": item.name, "value": _plain(value), "changed": value != default, "preset": _plain(default),
             })

@@ -14,7 +14,7 @@ import torch
 from spss_fast.config import Config, resolve, tomllib
 from spss_fast.engine import checkpoint
 from spss_fast.engine.evaluation import Rows
-from spss_fast.engine.run_folder import STAGES, RunFolder
+from spss_fast.engine.run_folder import STAGES, RunFolder, no_run
 from spss_fast.errors import UserError
 from spss_fast.evaluate import described
 
@@ -82,7 +82,7 @@ def read(run: Path, device: torch.device | str = "cpu") -> Record:
     run, folder = Path(run), RunFolder(Path(run))
     settings = run / "config.toml"
     if not settings.exists():
-        raise UserError(f"no run in {run} (it has no config.toml): give the --out of a training")
+        raise no_run(run, settings.name)
     content = checkpoint.read(folder.checkpoint, device) if folder.checkpoint.exists() else None
     evaluation = run / "evaluation.csv"
     about = evaluation.with_suffix(".json")

@@ -1,6 +1,9 @@
 """Recognising nnU-Net's, the Decathlon's and plain folders by their files."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,6 +53,37 @@ def test_plain_folders(tmp_path, names, expected):
         if name.endswith("GZ"):
             (tmp_path / name.replace(".NII.GZ", ".nii.gz")).rename(tmp_path / name)
     assert found(tmp_path) == expected
+
+
+def test_a_folder_that_cannot_be_opened_is_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path, "a.nii.gz", "b/image.nii.gz")
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path) == tmp_path / "b":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(UserError, match=r"b cannot be opened \(Permission denied\): make it readable"):
+        find_cases("folder", tmp_path)
+
+
+def test_folders_whose_names_are_too_long_for_a_case(tmp_path):
+    write_series(tmp_path.joinpath(*(letter * 70 for letter in "abc")), IMAGE)
+    with pytest.raises(UserError, match="more than 200 bytes: rename them"):
+        found(tmp_path)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    write(tmp_path / "archive", "x/image.nii.gz")
+    write_series(tmp_path / "archive" / "y", IMAGE)
+    write(tmp_path / "scans", "b.nii.gz")
+    for name, target in {"a": "../archive/x", "c": "../archive/y", "up": "..", "here": "."}.items():
+        (tmp_path / "scans" / name).symlink_to(target, target_is_directory=True)
+    (tmp_path / "link").symlink_to("scans", target_is_directory=True)
+    for folder in ("scans", "link"):
+        assert found(tmp_path / folder) == {"a": ("a/image.nii.gz", None), "b": ("b.nii.gz", None), "c": ("c", None)}
 
 
 def test_files_and_series_of_several_kinds_side_by_side(tmp_path):

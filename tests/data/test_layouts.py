@@ -79,10 +79,13 @@ def test_folder_recognises_every_layout(tmp_path):
 
 
 def test_missing_and_empty_folders_say_where_data_come_from(tmp_path):
+    sources = {"kits": "neheller/kits19", "la": "atriaseg2018", "folder": "own-data.md", "phantom": "leave out --data-"}
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UserError, match=r"neheller/kits19.*Atrial Segm.*--dataset phantom") as error:
-            find_cases("kits", folder)
-        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+        for dataset in sources:
+            with pytest.raises(UserError) as error:
+                find_cases(dataset, folder)
+            assert str(folder) in str(error.value) and "\n" not in str(error.value)
+            assert [name for name, said in sources.items() if said in str(error.value)] == [dataset]
 
 
 def test_scans_one_level_below_are_pointed_at(tmp_path):
@@ -154,6 +157,22 @@ def test_gzip_of_several_members_is_complete(tmp_path):
     content = gzip.decompress(case.image.read_bytes())
     case.image.write_bytes(gzip.compress(content[:1000]) + gzip.compress(content[1000:]))
     np.testing.assert_array_equal(read_case(case).image, image.transpose(2, 1, 0)[:, :, ::-1])
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    case = good(tmp_path)[0]
+    case.image.write_bytes(b"")  # root may read whatever there is, so what ITK would say is had in another way
+    monkeypatch.setattr("os.access", lambda path, mode: path != case.image)
+    refused(case, "cannot be opened (permission denied): make it readable")
+
+
+def test_axes_that_are_not_at_right_angles(tmp_path):
+    case = good(tmp_path)[0]
+    content = bytearray(gzip.decompress(case.image.read_bytes()))
+    struct.pack_into("<2h", content, 252, 0, 1)  # the sform alone counts
+    struct.pack_into("<12f", content, 280, 1, 0.3, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0)
+    case.image.write_bytes(gzip.compress(bytes(content)))
+    refused(case, "not at right angles", "resample the scan")
 
 
 def test_truncated_nrrd(tmp_path):

@@ -139,8 +139,10 @@ def test_a_case_that_both_lists_leave_out_is_never_read(tmp_path):
 
 
 def test_too_few_volumes(ten):
-    with pytest.raises(UserError, match=r"leaves 6 volumes to train on \(10 in all, 4 for testing\).*lower n_labeled"):
+    said = r"leaves 6 volumes to train on \(10 in all, 4 for testing\).*lower n_labeled.*set batch_unlabeled = 0"
+    with pytest.raises(UserError, match=said):
         ten[3](n_labeled=6)
+    assert len(ten[3](n_labeled=6, batch_unlabeled=0).train) == 6
 
 
 def test_an_annotated_case_needs_a_label(ten, tmp_path):

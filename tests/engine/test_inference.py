@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from spss_fast.engine.inference import refresh_batch_norm, sliding_window, window_starts
+from spss_fast.nets.vnet import VNet
 
 
 @pytest.mark.parametrize("side, patch, stride", list(itertools.product([8, 9, 13], [4, 8], [1, 3, 8])))
@@ -28,6 +29,18 @@ class _Pointwise(nn.Module):
 
     def forward(self, x):
         return x * self.scale.view(1, 3, 1, 1, 1)
+
+
+@pytest.mark.parametrize("shape", [(15, 12, 10), (16, 32, 32)])  # one window; nine, of which one is alone
+def test_statistics_of_a_lone_window_of_the_smallest_size(shape):
+    """Its bottleneck holds one value per channel."""
+    torch.manual_seed(0)
+    network = VNet(2, 2)
+    for statistics in ("running", "case"):  # in training mode, as the report's uncertainty is, and not
+        result = sliding_window(network, torch.randn(shape), (16, 16, 16), (8, 8, 8), statistics=statistics)
+        torch.testing.assert_close(result.sum(0), torch.ones(shape))
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm3d)]
+    assert not network.training and min(float(norm.running_var.min()) for norm in norms) > 0
 
 
 @pytest.mark.parametrize("shape", [(20, 17, 9), (16, 16, 8), (5, 30, 3)])

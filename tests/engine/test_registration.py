@@ -36,6 +36,17 @@ def test_pairs_are_neighbours_in_both_directions_and_reach_every_slice():
     assert set(moving.tolist()) == set(fixed.tolist()) == set(range(7))
 
 
+def test_flows_of_slices_that_are_smaller_than_the_network_takes():
+    """As of the same slices in the middle of their minimum, which is what training's patches show."""
+    torch.manual_seed(0)
+    network, volumes = RegistrationNet(), torch.randn(2, 12, 15, 4)
+    torch.nn.init.normal_(network.flow.weight, 0, 0.1)
+    padded = torch.nn.functional.pad(volumes, (0, 0, 0, 1, 2, 2), value=float(volumes.min()))
+    for small, large in zip(*(registration.neighbour_flows(network, v, None) for v in (volumes, padded))):
+        assert small.shape == (2, 3, 2, 12, 15)
+        torch.testing.assert_close(small, large[..., 2:14, :15])
+
+
 def test_flows_of_one_batched_forward_are_those_of_each_pair():
     torch.manual_seed(0)
     network, volumes = RegistrationNet(), torch.randn(2, 32, 32, 4)
