@@ -47,4 +47,4 @@ def bench_convolution(measure, device, shape, case, provider):
         assert (actual - expected).norm() < 1e-5 * expected.norm()
     size = inputs[0].nbytes
     measure(run, operator="convolution", case=case, size="x".join(map(str, shape)), provider=provider,
-            elements=inputs[0].numel(), bytes=(6 if CASES[case] else 2) * size)
+            elements=inputs[0].numel() * shape[1], bytes=(6 if CASES[case] else 2) * size)
