@@ -10,7 +10,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <array>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
