@@ -398,7 +398,7 @@ def test_an_old_run_is_not_overwritten(settings, tmp_path):
     (["--window", "-160", "240"], "240 belongs to no flag: lists are written with commas"),
     (["--dataset", "brats"], "invalid choice: 'brats'"),
     (["--dataset", "la"], "--data-dir"),
-    (["--dataset", "la", "--data-dir", "nowhere"], "the data folder nowhere does not exist"),
+    (["--dataset", "la", "--data-dir", "nowhere"], "nowhere does not exist: LA comes from"),
     (["--dataset", "phantom", "--iterations", "many"], "setting iterations = 'many'"),
     (["--dataset", "phantom", "--patch", "40,40,16"], "multiples of 16"),
     (["--dataset", "phantom", "--similarity", "ssd"], "choose one of mse, ncc"),
