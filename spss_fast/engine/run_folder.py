@@ -99,6 +99,8 @@ class RunFolder:
 
     def log(self, stage: str, step: int, row: dict[str, float]) -> None:
         """Append one row of metrics to the stage's CSV and to TensorBoard."""
+        if self._writer is None:
+            self._writer = self._events()
         path = self.path / f"{stage}.csv"
         new = not path.exists()
         with path.open("a", newline="") as file:
@@ -106,12 +108,10 @@ class RunFolder:
             if new:
                 writer.writerow(["step", *row])
             writer.writerow([step, *(f"{value:.6g}" for value in row.values())])
-        if self._writer is None:
-            self._writer = self._events(stage, step)
         self._add(self._writer, stage, step, row)
 
-    def _events(self, stage: str, step: int) -> SummaryWriter:
-        """TensorBoard's events from the row ``step`` of ``stage`` on, which is in the CSV already.
+    def _events(self) -> SummaryWriter:
+        """TensorBoard's events from here on.
 
         Of a run that goes on TensorBoard drops what it has beyond a step, of both stages alike: the rows that stay are
         written anew.
@@ -119,11 +119,11 @@ class RunFolder:
         if self._shown is None:
             return SummaryWriter(self.path)
         writer = SummaryWriter(self.path, purge_step=self._shown + 1)
-        for name in STAGES:
-            for row in _rows(self.path / f"{name}.csv"):
-                here = int(row.pop("step"))
-                if here > self._shown and (name, here) != (stage, step):
-                    self._add(writer, name, here, {key: float(value) for key, value in row.items()})
+        for stage in STAGES:
+            header, rows = _read(self.path / f"{stage}.csv")
+            for step, *values in rows:
+                if int(step) > self._shown:
+                    self._add(writer, stage, int(step), dict(zip(header[1:], map(float, values))))
         return writer
 
     @staticmethod
@@ -143,8 +143,7 @@ class RunFolder:
         path = self.path / f"{stage}.csv"
         if not path.exists():
             return
-        with path.open(newline="") as file:
-            header, *rows = csv.reader(file)
+        header, rows = _read(path)
         kept = [header, *(row for row in rows if int(row[0]) <= step)]
 
         def write(temporary: Path) -> None:
@@ -159,8 +158,10 @@ class RunFolder:
             self._writer.close()
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
+def _read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a CSV; none where there is no such file."""
     if not path.exists():
-        return []
+        return [], []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        header, *rows = csv.reader(file)
+    return header, rows
