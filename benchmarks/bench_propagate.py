@@ -7,8 +7,8 @@ import torch
 from straightforward import slice_chain
 from torch.nn import functional as F
 
-from spss_fast.config import RegistrationSettings
 from spss_fast.ops import propagate
+from spss_fast.settings import RegistrationSettings
 
 MAIN = (2, 112, 112, 80)
 GROWING = [(1, 112, 112, 80), MAIN, (4, 112, 112, 80), (8, 112, 112, 80)]  # far slices cost more: keep their share

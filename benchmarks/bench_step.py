@@ -19,7 +19,7 @@ from harness import Alone, alone, count_flops
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spss_fast.config import Config, resolve
+from spss_fast.config import resolve
 from spss_fast.data.sampling import Batch
 from spss_fast.engine.device import keep_freed_memory, resolve_amp
 from spss_fast.engine.graphs import Replayed
@@ -29,6 +29,7 @@ from spss_fast.engine.step import State, joint_iteration
 from spss_fast.nets import vnet
 from spss_fast.nets.vnet import VNet
 from spss_fast.ops import backend
+from spss_fast.settings import Config
 
 PRESETS = {"LA": {}, "LA --downsample 2 --filters 8": {"downsample": 2, "filters": 8}}
 PROVIDERS = ("spss_fast", "straightforward")

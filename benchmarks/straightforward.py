@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spss_fast.config import RegistrationSettings
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import selfpaced
 from spss_fast.engine.pseudo_labels import fuse, restore_annotation, voxel_weights
@@ -24,6 +23,7 @@ from spss_fast.engine.step import State, seed_for
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, update_teacher
 from spss_fast.ops.losses import reference_masked_ce_dice, reference_weighted_ce_dice
+from spss_fast.settings import RegistrationSettings
 
 
 def plain(network: nn.Module) -> nn.Module:

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from spss_fast import metrics
-from spss_fast.config import Config
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.geometry import Grid, resample
 from spss_fast.data.layouts import find_cases
@@ -28,6 +27,7 @@ from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.pseudo_labels import registration_labels
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.nets.regnet import RegistrationNet
+from spss_fast.settings import Config
 from spss_fast.suggest import choose
 
 ATLAS = 24  # voxels a side of the grid on which labels of different scans are compared

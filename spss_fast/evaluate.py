@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 from spss_fast import cli
-from spss_fast.config import DataSettings
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases
 from spss_fast.engine import checkpoint
@@ -30,6 +29,7 @@ from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.weights import build_network
 from spss_fast.errors import UserError, some
 from spss_fast.nets.vnet import VNet
+from spss_fast.settings import DataSettings
 
 DESCRIPTION = """Dice, Jaccard, 95% Hausdorff distance and average surface distance of a run's student: on the run's
 test cases, or on every case with a label in another data folder. Of several classes, the average and each one's own."""

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spss_fast import __version__, cli, metrics
-from spss_fast.config import Config
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.description import class_descriptions, preparation_steps
 from spss_fast.data.layouts import Case, find_cases
@@ -33,6 +32,7 @@ from spss_fast.engine.run_folder import RunFolder
 from spss_fast.errors import UserError
 from spss_fast.evaluate import load_student
 from spss_fast.nets.vnet import VNet
+from spss_fast.settings import Config
 
 DESCRIPTION = """Write the student of a run for other runtimes and pipelines, each file checked on a real scan against
 what PyTorch computes here, and beside them preprocessing.json: how a scan becomes the network's input, and its output

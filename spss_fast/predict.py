@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from spss_fast import __version__, cli
-from spss_fast.config import PRESETS, SECTIONS, Config, resolve
+from spss_fast.config import PRESETS, resolve
 from spss_fast.data.images import ending
 from spss_fast.data.inputs import find_inputs, output_paths, refuse_clashes
 from spss_fast.data.output import write_like
@@ -27,6 +27,7 @@ from spss_fast.engine.weights import build_network, fingerprint, read_weights, s
 from spss_fast.errors import UserError, some
 from spss_fast.files import atomically, refuse_among_scans, write_json
 from spss_fast.nets.vnet import VNet
+from spss_fast.settings import SECTIONS, Config
 
 DESCRIPTION = """Segment scans with a trained network: label maps in each scan's own geometry and format, into the
 folder OUT. What is there already is skipped; scans that cannot be read are listed at the end, with exit status 1."""

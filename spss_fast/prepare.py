@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from spss_fast import cli
-from spss_fast.config import SECTIONS, Config, DataSettings, resolve
+from spss_fast.config import resolve
 from spss_fast.data import cache
 from spss_fast.data.annotations import (
     Annotation,
@@ -23,6 +23,7 @@ from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_
 from spss_fast.data.layouts import Case, find_cases, source_grid
 from spss_fast.data.parallel import parallel
 from spss_fast.errors import UserError
+from spss_fast.settings import SECTIONS, Config, DataSettings
 
 DESCRIPTION = """Measure a folder of scans, write down the settings that suit them as FILE.toml, and prepare the
 volumes, so that training begins at once. Plain folders of NIfTI, NRRD and MetaImage files (alone, or with labels),

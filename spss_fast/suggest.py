@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from spss_fast import cli
-from spss_fast.config import PRESETS, SECTIONS, DataSettings, resolve
+from spss_fast.config import PRESETS, resolve
 from spss_fast.data.annotation_export import (
     Suggestion,
     export_case,
@@ -24,6 +24,7 @@ from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbn
 from spss_fast.data.splits import read_lists
 from spss_fast.errors import UserError, some
 from spss_fast.files import refuse_among_scans
+from spss_fast.settings import SECTIONS, DataSettings
 
 DESCRIPTION = """Which volumes to annotate, and which slice of each, as image + empty label pairs that 3D Slicer and
 ITK-SNAP open on that slice. Volumes: those that are most like all others (k-medoids of thumbnails). Slice: the one that

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from spss_fast import cli
-from spss_fast.config import PRESETS, Config, differing, located, resolve
+from spss_fast.config import PRESETS, differing, located, resolve
 from spss_fast.data.annotations import annotated_plane
 from spss_fast.data.dataset import Dataset, load
 from spss_fast.data.loader import batches, resolve_loader
@@ -28,6 +28,7 @@ from spss_fast.engine.progress import Progress
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.step import Outputs, State, foreground_dice, joint_iteration, registration_epoch
 from spss_fast.errors import UserError
+from spss_fast.settings import Config
 
 DESCRIPTION = """Train a segmentation network from a folder of scans of which a few have ONE annotated slice.
 Settings come from the data set's preset, then --settings FILE.toml, then the flags below; the run folder keeps the

@@ -2,8 +2,9 @@
 
 import pytest
 
-from spss_fast.config import PRESETS, Config, from_dict, resolve, to_dict, to_toml
+from spss_fast.config import PRESETS, from_dict, resolve, to_dict, to_toml
 from spss_fast.errors import UserError
+from spss_fast.settings import Config
 
 
 def test_presets_are_the_published_settings():

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.config import DataSettings
 from spss_fast.data.folders import ANNOTATION
 from spss_fast.data.geometry import PLANES, Grid
 from spss_fast.data.images import padding_before, read_image, stem, whole_numbers
 from spss_fast.data.layouts import Case, source_grid
 from spss_fast.errors import UserError, some
+from spss_fast.settings import DataSettings
 
 SLICES = "slices.csv"
 

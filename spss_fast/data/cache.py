@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from spss_fast.config import DataSettings
 from spss_fast.data.annotations import Annotation
 from spss_fast.data.geometry import Grid, resample
 from spss_fast.data.images import files_of
@@ -28,6 +27,7 @@ from spss_fast.data.layouts import Case, read_case, read_label
 from spss_fast.data.parallel import parallel
 from spss_fast.data.preparation import foreground, prepare_scan
 from spss_fast.errors import UserError
+from spss_fast.settings import DataSettings
 
 FORMAT = 2  # raised whenever the same scan and settings would be prepared differently
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import check_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases, sources
@@ -16,6 +15,7 @@ from spss_fast.data.phantom import ORGANS, write_phantoms
 from spss_fast.data.sampling import TrainingVolume, training_volumes, unlabeled_volumes
 from spss_fast.data.splits import Split, make_split, taking_part
 from spss_fast.errors import UserError
+from spss_fast.settings import Config, DataSettings
 
 PHANTOM_FOLDER = "phantoms"  # in the working directory, where --data-dir is not given
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spss_fast.config import DataSettings
 from spss_fast.data.geometry import PLANES
 from spss_fast.data.preparation import BODY_HU
+from spss_fast.settings import DataSettings
 
 
 def preparation_steps(settings: DataSettings) -> list[dict[str, Any]]:

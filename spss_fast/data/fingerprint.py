@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.config import PRESETS, DataSettings, TrainingSettings, toml_literal
+from spss_fast.config import PRESETS, toml_literal
 from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
 from spss_fast.data.preparation import body_box, foreground
 from spss_fast.errors import UserError, some
+from spss_fast.settings import DataSettings, TrainingSettings
 
 PATCH_VOXELS = int(np.prod(PRESETS["kits"]["patch"]))
 VOLUME_VOXELS = int(np.prod(PRESETS["kits"]["resample"]))

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.config import DataSettings
 from spss_fast.data.geometry import Grid, resample, to_array
 from spss_fast.data.layouts import Case, Scan
 from spss_fast.errors import UserError
+from spss_fast.settings import DataSettings
 
 BODY_HU = -500.0
 SLAB = 1 << 20  # voxels worked on at once

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import Annotation, read_annotations
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.splits import annotated_slices
+from spss_fast.settings import Config, DataSettings
 
 ATTEMPTS = 16
 

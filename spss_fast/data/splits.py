@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from spss_fast.config import Config, DataSettings
 from spss_fast.data.annotations import Annotation, empty_annotations, read_annotations
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.layouts import Case
 from spss_fast.errors import UserError, some
+from spss_fast.settings import Config, DataSettings
 
 
 @dataclass

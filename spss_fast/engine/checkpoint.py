@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from spss_fast.config import Config, from_dict, to_dict
+from spss_fast.config import from_dict, to_dict
 from spss_fast.engine.run_folder import no_run
 from spss_fast.engine.step import State
 from spss_fast.errors import UserError
 from spss_fast.files import atomically
+from spss_fast.settings import Config
 
 PARTS = ("student", "teacher", "registration", "sgd", "adam", "scaler", "registration_scaler")
 

@@ -14,12 +14,12 @@ from rich.table import Table
 from torch import nn
 
 from spss_fast import metrics
-from spss_fast.config import Config, DataSettings
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.sampling import TrainingVolume
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.pseudo_labels import registration_labels
 from spss_fast.files import atomically, write_json
+from spss_fast.settings import Config, DataSettings
 
 Rows = dict[str, dict[str, float]]  # case name to its metrics, as metrics.evaluate_classes names them
 DIGITS = dict(zip(metrics.NAMES, (4, 4, 2, 2)))  # that a table shows behind the point

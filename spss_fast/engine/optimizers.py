@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spss_fast.config import Config
 from spss_fast.errors import UserError
+from spss_fast.settings import Config
 
 Average = Callable[[list[Tensor], list[Tensor], float], object]  # (targets, sources, weight)
 BUILD_APEX = (

@@ -10,11 +10,11 @@ from scipy import ndimage
 from scipy.special import entr
 from torch import Tensor, nn
 
-from spss_fast.config import DataSettings
 from spss_fast.data.geometry import Grid, resample
 from spss_fast.data.layouts import Case, read_case
 from spss_fast.data.preparation import prepare_scan
 from spss_fast.engine.inference import sliding_window
+from spss_fast.settings import DataSettings
 
 
 @dataclass(frozen=True)

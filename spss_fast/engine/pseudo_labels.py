@@ -7,11 +7,11 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from spss_fast.config import RegistrationSettings
 from spss_fast.engine.device import upload
 from spss_fast.engine.registration import neighbour_flows
 from spss_fast.ops.holes import fill_holes
 from spss_fast.ops.propagate import propagate
+from spss_fast.settings import RegistrationSettings
 
 
 def registration_labels(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spss_fast.config import RegistrationSettings
 from spss_fast.ops.losses import SMOOTH
 from spss_fast.ops.warp import warp
+from spss_fast.settings import RegistrationSettings
 
 LEAST = 16  # voxels along a side of a slice, of which the network's four halvings leave one
 FLOW_PIXELS = 2**23  # of all pairs of one forward: some 2 GB of feature maps; every preset's batch has fewer

@@ -16,9 +16,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from spss_fast import __version__
-from spss_fast.config import Config, to_toml
+from spss_fast.config import to_toml
 from spss_fast.errors import UserError, some
 from spss_fast.files import atomically, write_json
+from spss_fast.settings import Config
 
 STAGES = ("registration", "joint")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spss_fast.config import SelectionSettings
 from spss_fast.ops.uncertainty import accumulate_softmax
+from spss_fast.settings import SelectionSettings
 
 
 def ramp(iteration: int, settings: SelectionSettings) -> float:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spss_fast.config import Config
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import optimizers, selfpaced
 from spss_fast.engine.device import upload
@@ -24,6 +23,7 @@ from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops.contrastive import contrastive_loss
 from spss_fast.ops.losses import masked_ce_dice, weighted_ce_dice
 from spss_fast.ops.uncertainty import uncertainty_mask
+from spss_fast.settings import Config
 
 
 @dataclass

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from spss_fast.config import DataSettings
 from spss_fast.data.annotations import Annotation, read_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.geometry import PLANES
@@ -29,6 +28,7 @@ from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import teacher_of
 from spss_fast.ops.uncertainty import uncertainty_mask
 from spss_fast.reporting.record import Record
+from spss_fast.settings import DataSettings
 
 
 @dataclass

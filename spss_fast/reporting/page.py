@@ -13,11 +13,12 @@ import matplotlib
 import numpy as np
 
 from spss_fast import __version__, metrics
-from spss_fast.config import SECTIONS, resolve
+from spss_fast.config import resolve
 from spss_fast.engine.evaluation import Rows
 from spss_fast.reporting import charts, findings, panels
 from spss_fast.reporting.gallery import Example, Gallery
 from spss_fast.reporting.record import Record
+from spss_fast.settings import SECTIONS
 
 FIRST = 12  # rows of a table that are always shown
 NAMES = {"dice": "Dice", "jaccard": "Jaccard", "hd95": "HD95", "asd": "ASD"}

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from spss_fast.config import Config, resolve, tomllib
+from spss_fast.config import resolve, tomllib
 from spss_fast.engine import checkpoint
 from spss_fast.engine.evaluation import Rows
 from spss_fast.engine.run_folder import STAGES, RunFolder, no_run
 from spss_fast.errors import UserError
 from spss_fast.evaluate import described
+from spss_fast.settings import Config
 
 Curves = dict[str, np.ndarray]  # column to values, "step" among them; empty where nothing is logged yet
 

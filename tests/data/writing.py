@@ -6,10 +6,11 @@ import h5py
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.config import Config, resolve
+from spss_fast.config import resolve
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.geometry import to_image
 from spss_fast.data.layouts import find_cases
+from spss_fast.settings import Config
 
 # column a of the direction is the patient axis (left, back, head) of file axis a: KiTS19's first one runs to the feet
 KITS = (0.0, 0.0, 1.0, 0.0, 1.0, 0.0, -1.0, 0.0, 0.0)

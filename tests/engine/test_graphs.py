@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spss_fast.config import RegistrationSettings, SelectionSettings, resolve
+from spss_fast.config import resolve
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import checkpoint
 from spss_fast.engine.graphs import Recording, Replayed
@@ -15,6 +15,7 @@ from spss_fast.engine.selfpaced import monte_carlo
 from spss_fast.engine.step import State, joint_iteration
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, teacher_of
+from spss_fast.settings import RegistrationSettings, SelectionSettings
 
 
 class StandIn:

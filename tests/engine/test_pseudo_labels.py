@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy import ndimage
 
-from spss_fast.config import RegistrationSettings
 from spss_fast.engine import pseudo_labels, selfpaced
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.ops import fill_holes
+from spss_fast.settings import RegistrationSettings
 
 
 @pytest.mark.parametrize("iteration", [0, 1500, 6000])

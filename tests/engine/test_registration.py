@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from spss_fast.config import RegistrationSettings
 from spss_fast.engine import registration
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.ops.warp import warp
+from spss_fast.settings import RegistrationSettings
 
 
 def test_ncc_agrees_with_the_vectors(vectors):

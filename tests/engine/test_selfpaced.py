@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from spss_fast.config import SelectionSettings
 from spss_fast.engine import selfpaced
 from spss_fast.nets.vnet import VNet, teacher_of
+from spss_fast.settings import SelectionSettings
 
 SETTINGS = SelectionSettings()
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spss_fast.config import Config, to_dict
+from spss_fast.config import to_dict
 from spss_fast.nets.vnet import VNet
+from spss_fast.settings import Config
 
 
 def thresholding_weights(*levels: float, filters: int = 2, steepness: float = 8.0) -> dict[str, Tensor]:
