@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from spss_fast.engine.padding import padded
 
 
 def window_starts(side: int, patch: int, stride: int) -> list[int]:
@@ -30,13 +31,13 @@ def _profile(side: int, gaussian: bool) -> Tensor:
 
 
 FLIPS: list[tuple[int, ...]] = [(), (2,), (3,), (2, 3)]
-LEAST = 16**3  # voxels of the smallest window, of which the V-Net's halvings leave one
+SMALLEST_WINDOW = 16**3  # voxels, of which the V-Net's halvings leave one
 
 
 def _accompanied(batch: Tensor) -> Tensor:
     """``batch`` for normalisation by its own statistics: a lone window of the smallest size, whose one value per
     channel at the bottleneck has no variance, gets its flips beside it."""
-    return torch.cat([batch.flip(axes) for axes in FLIPS]) if batch.numel() == LEAST else batch
+    return torch.cat([batch.flip(axes) for axes in FLIPS]) if batch.numel() == SMALLEST_WINDOW else batch
 
 
 def _softmax(network: nn.Module, batch: Tensor, amp: torch.dtype | None, mirror: bool) -> Tensor:
@@ -71,13 +72,7 @@ def sliding_window(
     out: prediction-time batch normalisation (Nado et al., 2020). The network's mode (training or not) is the caller's.
     """
     device = next(network.parameters()).device
-    shape = image.shape
-    missing = [max(0, p - side) for p, side in zip(patch, shape)]
-    before = [m // 2 for m in missing]
-    padding = [amount for b, m in reversed(list(zip(before, missing))) for amount in (b, m - b)]
-    image = image.to(device).float()
-    if any(missing):
-        image = F.pad(image, padding, value=float(image.min()))
+    image, inside = padded(image.to(device).float(), patch)
     profiles = [_profile(p, gaussian).to(device) for p in patch]
     weight = profiles[0][:, None, None] * profiles[1][:, None] * profiles[2]
     # the windows are a lattice and their weight a product over the axes, so the sum of weights in a voxel is one too:
@@ -108,7 +103,7 @@ def sliding_window(
     plane = sums[1][:, None] * sums[2]
     for row, along in zip(total.unbind(1), sums[0]):  # in place: a second copy may not fit
         row /= along * plane
-    return total[(slice(None), *(slice(b, b + side) for b, side in zip(before, shape)))]
+    return total[(slice(None), *inside)]
 
 
 @torch.no_grad()

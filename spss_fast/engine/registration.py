@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spss_fast.engine.padding import padded
 from spss_fast.ops.losses import SMOOTH
 from spss_fast.ops.warp import warp
 from spss_fast.settings import RegistrationSettings
 
-LEAST = 16  # voxels along a side of a slice, of which the network's four halvings leave one
+SMALLEST_SIDE = 16  # voxels of a slice, of which the network's four halvings leave one
 FLOW_PIXELS = 2**23  # of all pairs of one forward: some 2 GB of feature maps; every preset's batch has fewer
 
 
@@ -103,17 +104,14 @@ def neighbour_flows(network: nn.Module, volumes: Tensor, amp: torch.dtype | None
     Returns ``(up, down)``, each (B, d - 1, 2, h, w) in voxels: up[:, z] takes slice z to z + 1, down[:, z] takes
     slice z + 1 to z.
     """
-    batch, height, width, depth = volumes.shape
-    top, left = (max(0, LEAST - side) // 2 for side in (height, width))
-    if min(height, width) < LEAST:  # padded as training's patches are
-        padding = (0, 0, left, max(0, LEAST - width) - left, top, max(0, LEAST - height) - top)
-        volumes = F.pad(volumes, padding, value=float(volumes.min()))
+    batch, _, _, depth = volumes.shape
+    volumes, (rows, columns, _) = padded(volumes, (SMALLEST_SIDE, SMALLEST_SIDE, depth))
     slices = volumes.movedim(-1, 1)
     lower, upper = slices[:, :-1].flatten(0, 1)[:, None], slices[:, 1:].flatten(0, 1)[:, None]
     moving, fixed = torch.cat([lower, upper]), torch.cat([upper, lower])
     count = max(1, FLOW_PIXELS // moving[0].numel())
     with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
         displacement = torch.cat([network(m, f).float() for m, f in zip(moving.split(count), fixed.split(count))])
-    displacement = displacement[..., top : top + height, left : left + width].contiguous()
+    displacement = displacement[..., rows, columns].contiguous()
     up, down = displacement.unflatten(0, (2, batch, depth - 1))
     return up, down

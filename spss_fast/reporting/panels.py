@@ -30,7 +30,7 @@ NOUNS = {"registration": "registration label", "fused": "fused label"}
 MISSED, ADDED = "#56b4ff", "#ff8c42"
 LARGEST = 320  # pixels a side; slices of more are thinned for the page's size
 SURROUNDINGS = 0.4  # of the contours' box, shown on each side of it
-LEAST = 0.5  # of the slice's side that is always shown
+LEAST_SHOWN = 0.5  # of the slice's side
 FLATTEST = 0.7  # of the picture's longer side is its shorter one at least, where the slice reaches so far
 
 
@@ -134,7 +134,7 @@ def _extent(mask: np.ndarray, axis: int, least: int) -> tuple[int, int]:
     if not inside.size:
         return 0, side
     first, end = inside[0], inside[-1] + 1
-    length = min(side, max(round((end - first) * (1 + 2 * SURROUNDINGS)), round(LEAST * side), least))
+    length = min(side, max(round((end - first) * (1 + 2 * SURROUNDINGS)), round(LEAST_SHOWN * side), least))
     start = int(np.clip((first + end - length) // 2, 0, side - length))
     return start, start + length
 

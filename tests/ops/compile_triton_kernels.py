@@ -4,6 +4,7 @@ Each launch is replaced by a compilation for its arguments' types; the results o
 """
 
 import sys
+from unittest.mock import patch
 
 import torch
 import triton
@@ -57,9 +58,18 @@ def any_prototypes(logits, k):
     return torch.zeros(logits.shape[1], k, dtype=torch.long), torch.full((logits.shape[1],), k)
 
 
-def launch_all(cases, maps_of, images, banks=False):
-    """Every launcher, on (dtype, (B, *spatial)); norm on (dtype, (B, C, *spatial)), warp on (B, C, *spatial). With
-    ``banks`` the contrastive loss also of few features and of few prototypes."""
+def launch_contrastive(features, logits, k, both_and_grad):
+    from spss_fast.kernels import contrastive
+
+    # The loss's launcher indexes with what the kernel that selects would have found.
+    with patch.object(contrastive, "select_prototypes", any_prototypes):
+        contrastive.contrastive_loss(
+            features, features, features, logits, logits, k, 0.07, both_and_grad, both_and_grad
+        )
+
+
+def launch_all(cases, maps_of, images):
+    """Every launcher, on (dtype, (B, *spatial)); norm on (dtype, (B, C, *spatial)), warp on (B, C, *spatial)."""
     from spss_fast.kernels import contrastive, losses, norm, uncertainty, warp
 
     for dtype, voxels in cases:
@@ -73,17 +83,8 @@ def launch_all(cases, maps_of, images, banks=False):
         result, sums = losses.weighted_ce_dice(logits, target, mask.float())
         losses.weighted_ce_dice_backward(result, logits, target, mask.float(), sums)
         contrastive.select_prototypes(logits, 50)
-        # What the kernel above would have found; the loss's launcher indexes with it.
-        select, contrastive.select_prototypes = contrastive.select_prototypes, any_prototypes
         for both_and_grad in (True, False):
-            contrastive.contrastive_loss(
-                features, features, features, logits, logits, 50, 0.07, both_and_grad, both_and_grad
-            )
-        for k, width in ((100, 16), (11, 128)) if banks else ():  # the largest take minutes to compile
-            wide = torch.zeros(voxels[0], width, *voxels[1:])
-            contrastive.contrastive_loss(wide, wide, wide, logits, logits, k, 0.07, True, True)
-        banks = False  # once: dtypes change nothing about them
-        contrastive.select_prototypes = select
+            launch_contrastive(features, logits, 50, both_and_grad)
         uncertainty.uncertainty_mask(total, 8 if voxels[0] > 1 else 1, torch.tensor(4))
     for dtype, (batch, channels, *sides) in maps_of:
         maps = torch.zeros(batch, channels, *sides, dtype=dtype)
@@ -105,8 +106,10 @@ def main():
     launch_all(
         [(torch.float32, (2, 6, 6, 6)), (torch.bfloat16, (2, 6, 6, 6)), (torch.float32, (1, 1))],
         [(torch.bfloat16, (2, 16, 6, 6, 6)), (torch.float64, (2, 3, 7)), (torch.float32, (2, 1, 1))],
-        [(2, 2, 6, 6, 6), (2, 2, 6, 6), (2, 1, 1, 1, 1)], banks=True,
+        [(2, 2, 6, 6, 6), (2, 2, 6, 6), (2, 1, 1, 1, 1)],
     )
+    for k, width in ((100, 16), (11, 128)):  # the largest take minutes to compile
+        launch_contrastive(torch.zeros(2, width, 6), torch.zeros(2, 2, 6), k, True)
     JITFunction.run = check_grid  # more samples than CUDA has programs along the second axis of a grid
     samples = 2**16
     launch_all([(torch.float32, (samples, 3))], [(torch.float32, (samples, 3, 2))], [(samples, 1, 2, 2)])
