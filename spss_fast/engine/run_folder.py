@@ -26,13 +26,14 @@ STAGES = ("registration", "joint")
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader needs to judge a run's figures: versions, device, command."""
-    names = ("torch", "triton", "numpy", "scipy", "SimpleITK", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
+    names = ("triton", "numpy", "scipy", "SimpleITK", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
     installed = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     return {
         "spss_fast": __version__, "python": platform.python_version(), "platform": platform.platform(),
         "device": str(device), "device_name": device_name, "threads": torch.get_num_threads(),
-        "versions": {name: installed[name] for name in names if name in installed},
+        # torch's own word says which build it is, +cpu or +cu130, which its distribution's may leave out
+        "versions": {"torch": torch.__version__} | {name: installed[name] for name in names if name in installed},
         "command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
