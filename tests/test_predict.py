@@ -17,6 +17,7 @@ from spss_fast import metrics, predict, prepare
 from spss_fast.config import resolve
 from spss_fast.data.geometry import Grid, to_image
 from spss_fast.data.images import read_grid
+from spss_fast.engine.prediction import segment
 from spss_fast.errors import UserError
 from tests.data.test_preparation import read_file_order, synthetic_ct
 from tests.data.writing import ball, write_image, write_la, write_series
@@ -152,6 +153,28 @@ def test_predictions_of_two_networks_do_not_mix(run, tmp_path):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+def test_predictions_of_other_settings_do_not_mix(run, tmp_path):
+    write_la(tmp_path / "la", 1)
+    _predict(tmp_path / "la", tmp_path / "out", run)
+    for name, value in {"overlap": 0.25, "largest_component": True}.items():
+        with pytest.raises(UserError, match=f"made with other {name}: choose another folder"):
+            _predict(tmp_path / "la", tmp_path / "out", run, **{name: value})
+    for name, value in {"statistics": "case", "window": (0, 50), "plane": "coronal", "max_in_plane": 32}.items():
+        other = write_run(tmp_path / name, resolve("folder", SMALL | {name: value}), thresholding_weights(2.5))
+        with pytest.raises(UserError, match=f"made with other {name}: choose another folder"):
+            _predict(tmp_path / "la", tmp_path / "out", other)
+
+
+@pytest.mark.parametrize("amp, expected", [(None, None), ("bf16", torch.bfloat16)])
+def test_the_runs_statistics_and_the_precision_asked_for_reach_the_scans(amp, expected, tmp_path, monkeypatch):
+    write_la(tmp_path / "la", 1)
+    run = write_run(tmp_path / "run", resolve("folder", SMALL | {"statistics": "case"}), thresholding_weights(2.5))
+    given = []
+    monkeypatch.setattr(predict, "segment", lambda *arguments: given.append(arguments[3]) or segment(*arguments))
+    _predict(tmp_path / "la", tmp_path / "out", run, amp=amp)
+    assert [(options.statistics, options.amp) for options in given] == [("case", expected)]
+
+
 def test_files_that_no_prediction_wrote_are_never_replaced(run, tmp_path):
     write_image(tmp_path / "imagesTr" / "a.nii.gz", ball()[0])
     write_image(tmp_path / "labelsTr" / "a.nii.gz", ball()[1])
@@ -213,6 +236,24 @@ def test_weights_of_others(run, tmp_path):
     assert len(written) == 1
     with pytest.raises(UserError, match=r"w\.pth does not say how scans are prepared"):
         predict.main([str(tmp_path / "la"), str(tmp_path / "none"), "--weights", str(tmp_path / "w.pth")])
+
+
+def test_weights_and_settings_that_are_given_come_before_the_runs_own(run, tmp_path):
+    write_la(tmp_path / "la", 1)
+    torch.save(thresholding_weights(0.5), tmp_path / "other.pth")
+    _predict(tmp_path / "la", tmp_path / "own", run)
+    _predict(tmp_path / "la", tmp_path / "other", run, tmp_path / "other.pth")
+    own, other = (read_file_order(tmp_path / name / "a.nrrd") for name in ("own", "other"))
+    assert (other >= own).all() and other.sum() > own.sum()  # of the lower threshold
+    config = resolve("folder", SMALL | {"window": (0, 100)})
+    assert predict.load_network(None, run / "checkpoints" / "last.pt", config)[1] is config
+
+
+def test_classes_that_the_weights_do_not_have_are_refused(tmp_path):
+    write_la(tmp_path / "la", 1)
+    run = write_run(tmp_path / "run", resolve("folder", SMALL | {"classes": "1,2"}), thresholding_weights(2.5))
+    with pytest.raises(UserError, match="the weights have 2 classes, but the settings name the 2 label values"):
+        _predict(tmp_path / "la", tmp_path / "out", run)
 
 
 def test_several_classes_come_from_the_weights(tmp_path):

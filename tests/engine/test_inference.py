@@ -104,6 +104,13 @@ def test_a_small_image_is_centred_in_its_minimum():
     assert len(seen) == 1 and torch.equal(seen[0][0, 0], expected)
 
 
+def test_probabilities_have_the_precision_of_float32_whatever_the_network_computes_in():
+    torch.manual_seed(0)
+    network, image = nn.Conv3d(1, 3, 1), torch.randn(16, 16, 8)
+    result = sliding_window(network, image, (16, 16, 8), (8, 8, 4), torch.bfloat16)
+    torch.testing.assert_close(result.sum(0), torch.ones(16, 16, 8), rtol=0, atol=1e-6)
+
+
 def test_mirroring_makes_in_plane_flips_equivalent():
     torch.manual_seed(0)
     network, image = nn.Conv3d(1, 2, 3, padding=1), torch.randn(16, 16, 8)

@@ -34,7 +34,7 @@ def test_on_the_same_grid_it_is_argmax(classes):
 
 
 def test_beyond_the_crop_it_is_certain_background():
-    source = Grid((10, 10, 10))
+    source = Grid((10, 10, 10), (0.5, 2.0, 3.0))
     grid = source.cropped((2, 3, 4), (4, 4, 4))
     result = decide(torch.stack([torch.full((4, 4, 4), 0.2), torch.full((4, 4, 4), 0.8)]), grid, source, True, True)
     inside = np.zeros(source.size, bool)
@@ -42,7 +42,7 @@ def test_beyond_the_crop_it_is_certain_background():
     np.testing.assert_array_equal(result.label, inside)
     assert (result.entropy[~inside] == 0).all() and (result.probabilities[1][~inside] == 0).all()
     assert result.entropy[inside] == pytest.approx(0.5004, abs=1e-4)
-    assert result.volume_ml() == pytest.approx(0.064)
+    assert result.volume_ml() == pytest.approx(64 * 3 / 1000)  # a voxel has 3 mm3
 
 
 def test_borders_are_smooth_between_the_coarse_voxels():
@@ -87,6 +87,12 @@ def test_largest_component_of_each_class():
     empty = np.zeros((3, 3, 3), np.uint8)
     keep_largest_components(empty)
     assert not empty.any()
+
+
+def test_components_of_a_class_are_not_joined_by_another():
+    label = np.array([1, 1, 2, 1, 2, 2], np.uint8)[:, None, None]
+    keep_largest_components(label)
+    assert label.ravel().tolist() == [1, 1, 0, 0, 2, 2]
 
 
 def _config(preset="la", **flags):
@@ -147,16 +153,26 @@ def test_mirroring_and_the_largest_component_reach_the_scan(tmp_path):
     np.testing.assert_array_equal(result.label, expected)
 
 
-def test_options_reach_the_windows(tmp_path, monkeypatch):
-    write_image(tmp_path / "x.mha", np.random.default_rng(0).normal(size=(20, 20, 10)))
+def test_classes_get_the_label_values_that_name_them(tmp_path):
+    image = np.zeros((40, 40, 20), np.int16)
+    image[4:20, 4:20, 4:16], image[24:36, 24:36, 4:16] = 60, 200
+    write_image(tmp_path / "x.mha", image)
+    network = build_network(thresholding_weights(0.5, 2.0), "here")
+    result = segment(network, Case("x", tmp_path / "x.mha", None, "image"), _config(classes="7,3").data, Options(0))
+    np.testing.assert_array_equal(result.label, np.select([image == 60, image == 200], [7, 3]))
+
+
+def test_options_and_the_plane_reach_the_windows(tmp_path, monkeypatch):
+    write_image(tmp_path / "x.mha", np.random.default_rng(0).normal(size=(20, 22, 10)))
     given, window = {}, prediction.sliding_window
 
     def watched(network, image, patch, stride, amp, tiles, **options):
-        given.update(options, stride=stride, tiles=tiles)
+        given.update(options, shape=tuple(image.shape), stride=stride, amp=amp, tiles=tiles)
         return window(network, image, patch, stride, amp, tiles, **options)
 
     monkeypatch.setattr(prediction, "sliding_window", watched)
     network = build_network(thresholding_weights(1.0), "here")
-    options = Options(0.75, tiles=2, statistics="case")
-    segment(network, Case("x", tmp_path / "x.mha", None, "image"), _config().data, options)
-    assert given == {"stride": (12, 12, 8), "tiles": 2, "gaussian": True, "mirror": False, "statistics": "case"}
+    options = Options(0.75, tiles=2, amp=torch.bfloat16, statistics="case")
+    segment(network, Case("x", tmp_path / "x.mha", None, "image"), _config(plane="coronal").data, options)
+    assert given == {"shape": (20, 10, 22), "stride": (12, 12, 8), "amp": torch.bfloat16, "tiles": 2, "gaussian": True,
+                     "mirror": False, "statistics": "case"}
