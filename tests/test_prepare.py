@@ -1,5 +1,6 @@
 """The command on folders as scanners and annotators leave them, up to a training run without any full label."""
 
+import io
 import json
 
 import numpy as np
@@ -42,12 +43,30 @@ def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsy
     config = resolve("folder", SMALL, tmp_path / "scans.toml")
     assert config.data.plane == "coronal" and (config.data.n_labeled, config.data.n_test) == (2, 0)
     assert config.data.patch == (32, 32, 32)
+    assert (config.data.data_dir, config.data.annotations) == (str(tmp_path / "scans"), str(tmp_path / "todo"))
+    with pytest.raises(UserError, match=r"plane = axial, but .*todo is annotated in the coronal plane"):
+        run(tmp_path, tmp_path / "scans", annotations="todo", plane="axial")
     train.train(config, tmp_path / "run", console=Console(quiet=True))
     recorded = json.loads((tmp_path / "run" / "cases.json").read_text())
     assert recorded["annotated"] == {"b": 18, "d": 18}
     with pytest.raises(UserError, match=r"scans.toml exists already: prepare by it with --settings"):
         prepare.main(arguments)
     assert prepare.main(["--data-dir", "scans", "--settings", "scans.toml"]) == 0  # as it was edited
+
+
+def test_slices_of_padded_annotations_are_named_as_the_scan_counts_them(tmp_path):
+    """As `suggest` pads them: here with 4 slices below the scan."""
+    for i, name in enumerate("abcd"):
+        image, label = ball((32, 32, 24), i)
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+        if name in "ab":
+            label[:, :, :10] = label[:, :, 11:] = 0
+            padded = np.pad(label, ((0, 0), (0, 0), (4, 0)))
+            write_image(tmp_path / "todo" / name / "annotation.nii.gz", padded, origin=(0.0, 0.0, -4.0))
+    said = Console(file=io.StringIO())
+    flags = {"cache_dir": str(tmp_path / "cache"), "workers": 1, "annotations": str(tmp_path / "todo")}
+    prepare.prepare_folder(tmp_path / "scans", tmp_path / "mine.toml", flags=flags, console=said)
+    assert "a: axial slice 10 (axis 2 of the file), label value 1" in said.file.getvalue()
 
 
 def test_annotations_of_nearly_all_scans_need_training_without_unlabelled_ones(tmp_path):
