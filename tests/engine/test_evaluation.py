@@ -1,10 +1,13 @@
 """Measuring cases with a student whose answer is known, and what is made of the figures."""
 
+import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from spss_fast import metrics
@@ -34,6 +37,34 @@ def test_cases_are_measured_with_the_runs_statistics_and_in_the_unit_asked_for(s
     found = half if statistics == "case" else np.ones_like(half)
     expected = metrics.evaluate(found, label, (1.0, 2.0, 5.0) if spacing else None)
     assert rows == {"whole": pytest.approx(expected)}
+
+
+def test_registration_labels_are_measured_from_the_annotated_slice_on(monkeypatch):
+    reference = torch.zeros(6, 5, 4, dtype=torch.uint8)
+    reference[1:4, 1:4, 2] = 1
+
+    def slice_alone(network, volumes, annotation, index, *settings):
+        labels = torch.zeros(volumes.shape, dtype=torch.uint8)
+        labels[0, :, :, index[0]] = annotation[0]
+        return labels
+
+    monkeypatch.setattr(evaluation, "registration_labels", slice_alone)
+    volumes = [
+        SimpleNamespace(name=name, image=reference.float(), annotation=reference[:, :, 2], index=2, reference=full)
+        for name, full in (("bare", None), ("whole", reference))
+    ]
+    rows = evaluation.evaluate_labels(nn.Identity(), volumes, resolve("la"), torch.device("cpu"), None)
+    assert rows == {"whole": {"dice": 1.0, "jaccard": 1.0, "hd95": 0.0, "asd": 0.0}}
+
+
+def test_a_table_shows_each_metric_under_its_heading():
+    console = Console(file=io.StringIO(), width=100)
+    evaluation.print_metrics(console, "title", {"a": {"dice": 0.5, "jaccard": 0.25, "hd95": 4.0, "asd": 1.5}}, "mm")
+    lines = [re.findall(r"[^│┃]+", line) for line in console.file.getvalue().splitlines()]
+    headings, row = ([cell.strip() for cell in next(line for line in lines if line[0].strip() == name)]
+                     for name in ("case", "a"))
+    assert dict(zip(headings, row)) == {
+        "case": "a", "Dice": "0.5000", "Jaccard": "0.2500", "HD95 (mm)": "4.00", "ASD (mm)": "1.50"}
 
 
 def test_strides_are_las_in_proportion():
