@@ -142,6 +142,7 @@ def test_kits_slices_lie_along_the_first_axis(tmp_path):
     for item in found:
         assert item.axis == 0 and 18 <= item.slice <= 21  # half of the body: 10 to 29, three of them in a prepared one
         check_case(tmp_path / "todo", item, sitk.ReadImage(str(tmp_path / "kits" / item.case / "imaging.nii.gz")))
+        assert f"{item.case}: Red (axial) view; in ITK-SNAP x = " in (tmp_path / "todo" / "README.txt").read_text()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 8])
@@ -185,7 +186,8 @@ def test_what_is_painted_in_the_padded_scan_comes_back_on_the_scan(tmp_path, axi
         array = sitk.GetArrayFromImage(label).T
         middle = array.shape[axis] // 2
         cut = [slice(None)] * 3
-        for place in (middle, 0 if index < shape[axis] // 2 else array.shape[axis] - 1):
+        first = middle - index  # of the scan's own slices
+        for place in (middle, first - 1 if index < shape[axis] // 2 else first + shape[axis]):
             array[:] = 0
             cut[axis] = place
             array[tuple(cut)] = drawn

@@ -5,7 +5,14 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from spss_fast.data.annotations import annotated_plane, check_annotations, folder_states, read_annotations
+from spss_fast.data.annotations import (
+    Annotation,
+    annotated_plane,
+    check_annotations,
+    folder_states,
+    read_annotations,
+    read_slices,
+)
 from spss_fast.data.images import read_image
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.sampling import training_volumes
@@ -203,6 +210,20 @@ def test_files_that_cannot_be_used(scans_without_labels, tmp_path):
         check_annotations(cases, settings(tmp_path).data)
 
 
+def test_suggested_cases_whose_folder_is_gone_are_named_and_half_built_folders_are_not(scans_without_labels, tmp_path):
+    suggest(tmp_path / "todo", b=(2, 8), d=(2, 8))
+    annotate(tmp_path / "todo", "b", 2, 8, scans_without_labels["b"])
+    (tmp_path / "todo" / ".building-x").mkdir()
+    assert list(wrong(tmp_path, "todo/d holds no annotation file", "or strike the case from slices.csv")) == ["b", "d"]
+
+
+def test_a_slice_may_show_some_of_the_classes_alone(scans_without_labels, tmp_path):
+    annotate(tmp_path / "todo", "b", 2, 8, scans_without_labels["b"], value=3)
+    assert read_annotations(settings(tmp_path, classes="1,3").data)["b"].values == (3,)
+    with pytest.raises(UserError, match=r"label value 3, but classes = 1, 2: paint with that"):
+        read_annotations(settings(tmp_path, classes="1,2").data)
+
+
 def test_a_changed_file_is_read_again(scans_without_labels, tmp_path):
     config = settings(tmp_path)
     for index in (8, 9):
@@ -234,6 +255,11 @@ def test_a_label_of_one_slice_is_no_full_one(tmp_path):
     one, whole = training_volumes(prepared("folder", tmp_path / "scans", config), config.data, 0)
     assert one.reference is None and torch.equal(whole.reference, torch.from_numpy(label))
     assert torch.equal(one.annotation, whole.annotation) and one.annotation.any()
+
+
+def test_a_csv_as_a_spreadsheet_saves_it(tmp_path):
+    (tmp_path / "slices.csv").write_bytes("\ufeffcase,slice\r\nb,8\r\n".encode())
+    assert read_slices(tmp_path / "slices.csv") == {"b": Annotation(8)}
 
 
 def test_a_csv_may_name_the_axis_too(tmp_path):

@@ -54,6 +54,11 @@ def test_thumbnails_compare_scans_of_any_size(shape):
     np.testing.assert_allclose(small, np.broadcast_to((np.arange(8) + 0.5) / 8, small.shape), atol=0.1)
 
 
+def test_thumbnails_average_what_lies_between_their_voxels():
+    checkers = np.indices((32, 32, 32)).sum(0) % 2
+    np.testing.assert_allclose(thumbnail(checkers.astype(np.float32)), 0.5)
+
+
 def test_the_slice_halves_the_signal_of_the_middle():
     even = np.ones((16, 16, 20))
     even[0, 0] = 0  # the darkest value, outside the middle
@@ -61,6 +66,7 @@ def test_the_slice_halves_the_signal_of_the_middle():
     air = np.concatenate([np.zeros((16, 16, 20)), even], 2)  # 20 slices of air below the same scan
     assert halving_slice(air) == 29
     assert halving_slice(5 * air - 1000) == 29
-    rim = even.copy()
-    rim[:4, :, 15:] = 100  # brightness beside the middle half does not count
-    assert halving_slice(rim) == 9
+    for beside in np.s_[:4, :, 15:], np.s_[:, 12:, 15:]:
+        rim = even.copy()
+        rim[beside] = 100  # brightness beside the middle half does not count
+        assert halving_slice(rim) == 9
