@@ -9,6 +9,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.colors
 import matplotlib.image
@@ -21,6 +22,7 @@ from rich.console import Console
 from spss_fast import evaluate, report, train
 from spss_fast.config import resolve
 from spss_fast.data.cache import prepare
+from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.phantom import write_phantoms
 from spss_fast.engine.selfpaced import fusion_weight
@@ -235,6 +237,7 @@ def test_an_evaluation_of_another_folder_is_called_so_and_drawn_from_there(run, 
     for (name, annotated), example in drawn.items():
         scan, = prepare([scans[name if annotated else named[name]]], read.config.data)
         np.testing.assert_array_equal(example.image, scan.image)
+        assert example.scores == (read.labels if annotated else read.evaluation)[name]
 
 
 def test_an_evaluation_of_the_runs_data_moved_is_drawn_from_there(run, finished, tmp_path):
@@ -362,6 +365,43 @@ def test_chosen_cases_spread_from_worst_to_best():
     assert gallery._chosen(None, [], 3) == {}
 
 
+def test_the_networks_are_used_as_the_run_uses_them(finished, monkeypatch):
+    told, seen = record.read(finished), []
+    told.config.network.statistics = "case"
+    networks, softmax = gallery._Networks(told, torch.device("cpu")), torch.tensor([0.25, 0.75]).view(2, 1, 1, 1)
+    monkeypatch.setattr(networks, "window", lambda network, image, statistics="running":
+                        seen.append((network, statistics)) or softmax)
+    assert networks.predict(torch.zeros(1, 1, 1)).all()
+    entropy, _ = networks.uncertainty(torch.zeros(1, 1, 1))
+    assert seen == [(networks.student, "case"), *[(networks.teacher, "running")] * 2]
+    assert entropy.item() == pytest.approx(0.5623, abs=1e-4)  # of the mean over the passes
+    for name in ("student", "teacher"):
+        assert torch.equal(getattr(networks, name).out_conv.weight, told.content[name]["out_conv.weight"])
+
+
+def test_a_tested_case_is_shown_where_it_is_most_wrong_and_where_it_is_largest():
+    prediction, reference = np.zeros((2, 6, 6, 8), bool)
+    prediction[:5, :5, 4] = reference[:6, :5, 4] = reference[:3, :3, 2] = True
+    networks = SimpleNamespace(predict=lambda image: prediction, uncertainty=lambda image: (np.zeros((6, 6, 8)), None))
+    case = SimpleNamespace(name="a", image=np.zeros((6, 6, 8), np.float32), spacing=(1, 1, 1), grid=Grid((6, 6, 8)),
+                           has_full_label=True, full_label=lambda: reference)
+    example = gallery._tested_example(networks, case, "", SimpleNamespace(evaluation=None))
+    assert example.slices == [(2, "largest disagreement"), (4, "largest section of the reference")]
+
+
+def test_what_is_shown_holds_the_contours_at_the_shape_they_have_in_the_body():
+    gray, mask = np.zeros((40, 20)), np.zeros((40, 20), bool)
+    assert panels._Frame(gray, {"prediction": mask}, (1.0, 3.0, 1.0), "key").aspect == pytest.approx(40 / 60)
+    mask[30:38, 2:6] = True
+    (left, right), (top, bottom) = panels._Frame(gray, {"prediction": mask}, (1.0, 3.0, 1.0), "key").box
+    assert 0 <= left <= 30 and 38 <= right <= 40 and 0 <= top <= 2 and 6 <= bottom <= 20
+
+
+def test_uncertainty_is_opaque_from_the_entropy_of_two_equal_classes_on():
+    colors = panels._entropy_colors(np.log([[1, 2**0.5, 2, 3]]))
+    np.testing.assert_allclose(colors[0, :, 3], [0, 0.425, 0.85, 0.85])
+
+
 def test_contours_lie_on_the_borders_of_voxels():
     mask = np.zeros((5, 4), bool)
     mask[3, 1] = True  # its square reaches from (3, 1) to (4, 2); the outline joins the middles of its sides
@@ -399,6 +439,22 @@ def test_curves_are_averaged_and_smoothed():
     assert charts.trend(values)[600] == 600
 
 
+def test_trusted_voxels_are_drawn_as_a_share_of_a_patch_and_learning_rates_where_they_fall(finished):
+    told = record.read(finished)
+    told.joint["K"] = np.array([0, 4096, 8192])
+    chart, = (chart for chart in charts.charts(told) if chart.title.startswith("K,"))
+    assert 40 <= max(float(share) for share in re.findall(r">([\d.]+)%<", chart.svg)) <= 60  # the highest tick
+    told.config.training.lr_every = 2
+    assert charts._learning_rate_steps(told) == [2]
+
+
+def test_the_line_among_the_cases_is_their_mean(monkeypatch):
+    monkeypatch.setattr(charts, "_svg", lambda figure, label: figure)
+    figure = charts.dice_of_cases({"student": {name: {"dice": dice} for name, dice in zip("abc", (0.1, 0.8, 0.9))}})
+    _, line = figure.axes[0].lines
+    assert list(line.get_xdata()) == pytest.approx([0.6, 0.6])
+
+
 def test_labels_by_distance_pool_the_volumes():
     """Two volumes: both right at the annotated slice, one of them short of a voxel one slice further."""
     reference = np.zeros((4, 1, 5), bool)
@@ -432,14 +488,27 @@ def told(finished):
     ({"loss_s": [0.2, 0.3, 0.5]}, "The supervised loss L_s rose: 0.2 at first, 0.5 in the end.", "note"),
     ({"loss_u": [0.1, np.nan, 0.1]}, "Not finite at some point: loss_u.", "bad"),
     ({"dice_registration": [0.7] * 3, "dice_fused": [0.8] * 3}, "the teacher mends them", "good"),
+    ({"dice_registration": [0.7] * 3, "dice_fused": [0.5, 0.6, 0.8]},
+     "the fused labels have Dice 0.800, the registration labels 0.700: the teacher mends them", "good"),
     ({"dice_registration": [0.8] * 3, "dice_fused": [0.7] * 3}, "the teacher spoils them", "bad"),
     ({"dice_registration": [0.8] * 3, "dice_fused": [0.8] * 3, "w_p": [0.1, 0.2, 0.3]},
      "with 0.30, the teacher's share never came to matter", "note"),
-    ({"loss_pace": [3, 2, 1], "lambda": [1.5, 2.5, 2.6]}, "Selection opened (L_pace below λ) by iteration 2", "good"),
+    ({"loss_pace": [3, 2, 1], "lambda": [1.5, 2.5, 2.6], "K": [1, 2, 1638]},
+     "Selection opened (L_pace below λ) by iteration 2; in the end K = 1,638 voxels, 10% of one patch", "good"),
     ({"loss_pace": [3, 3, 3], "lambda": [1, 1, 1]}, "Selection never opened: L_pace stayed above λ (3", "note"),
 ])
 def test_what_is_said_about_training(told, changes, said, kind):
     assert [k for text, k in told(**changes).items() if said in text] == [kind]
+
+
+@pytest.mark.parametrize("student, said, kind", [
+    (0.9, "the student is 0.100 above them", "good"), (0.78, "the student is 0.020 below them", "note"),
+    (0.7, "the student is 0.100 below them", "bad"),
+])
+def test_the_student_is_compared_with_the_labels_it_learnt_from(finished, student, said, kind):
+    told = record.read(finished)
+    told.evaluation, told.labels = {"a": {"dice": student}}, {"b": {"dice": 0.8}}
+    assert [finding.kind for finding in findings._quality(told).findings if said in finding.text] == [kind]
 
 
 def test_the_worst_case_and_outliers_are_named(finished):
