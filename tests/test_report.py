@@ -154,6 +154,7 @@ def test_metrics_agree_with_the_files_worst_first(page, finished):
     dice = np.array([row["dice"] for row in _read(finished / "evaluation.csv").values()])
     assert f"{dice.mean():.4f} ± {dice.std():.4f}" in page.text
     assert f"Dice {dice.mean():.3f} ± {dice.std():.3f}" in page.text
+    assert f"(median {np.median(dice):.3f}, from {dice.min():.3f} to {dice.max():.3f}) over 3 held-out" in page.text
     assert "Measured on the 32 x 32 x 16 voxels that scans are resampled to" in page.text
 
 
