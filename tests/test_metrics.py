@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from spss_fast import metrics
 
@@ -24,6 +25,22 @@ def test_single_voxels_three_apart():
     prediction[1, 2, 2], reference[4, 2, 2] = True, True
     assert metrics.evaluate(prediction, reference) == {"dice": 0.0, "jaccard": 0.0, "hd95": 3.0, "asd": 3.0}
     assert metrics.evaluate(prediction, reference, (2.0, 1.0, 1.0))["asd"] == 6.0
+
+
+def test_the_two_directions_differ():
+    prediction, reference = np.zeros((2, 8, 5, 4), bool)
+    prediction[1, 2, 2], reference[[1, 4], 2, 2] = True, True  # nothing is added, a voxel 3 away is missed
+    result = metrics.evaluate(prediction, reference)
+    assert result["asd"] == 0 and result["hd95"] == pytest.approx(2.7)  # of the distances 0, 0 and 3
+    result = metrics.evaluate(reference, prediction)
+    assert result["asd"] == 1.5 and result["hd95"] == pytest.approx(2.7)
+
+
+def test_a_voxel_with_all_six_neighbours_is_no_surface():
+    cross = ndimage.generate_binary_structure(3, 1)
+    middle = np.zeros((3, 3, 3), bool)
+    middle[1, 1, 1] = True
+    assert metrics.evaluate(cross, middle)["asd"] == metrics.evaluate(middle, cross)["asd"] == 1.0
 
 
 def test_empty_arrays():

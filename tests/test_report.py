@@ -440,6 +440,14 @@ def test_curves_are_averaged_and_smoothed():
     assert charts.trend(values)[600] == 600
 
 
+def test_a_loss_of_zero_does_not_break_the_trend_of_a_logarithmic_curve(monkeypatch):
+    monkeypatch.setattr(charts, "_svg", lambda figure, label: figure)
+    values = np.random.default_rng(0).uniform(1, 2, 200)
+    values[::10] = 0
+    _, line = charts._chart("L_c", "", np.arange(200), {"L_c": values}, "iteration", log=True).svg.axes[0].lines
+    assert (line.get_ydata() > 0.9).all()
+
+
 def test_trusted_voxels_are_drawn_as_a_share_of_a_patch_and_learning_rates_where_they_fall(finished):
     told = record.read(finished)
     told.joint["K"] = np.array([0, 4096, 8192])

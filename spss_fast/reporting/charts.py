@@ -167,8 +167,6 @@ def _chart(
         x = averaged(step)
         widths = (2.6, 1.6, 1.2, 1.2) if len(lines) > 1 else (1.8,)  # the first one shows where others cover it
         for (label, values), color, width in zip(lines.items(), SERIES, widths):
-            if log:
-                values = np.where(values > 0, values, np.nan)  # a loss of 0 has no logarithm
             values = averaged(values)
             schedule = len(np.unique(values)) <= len(values) // 2  # it goes in steps: shown as they are
             smooth = smoothed and not few and not schedule
@@ -178,7 +176,7 @@ def _chart(
             if smooth:
                 axis.plot(x, trend(values), color=color, linewidth=width, label=label)
         if log:
-            axis.set_yscale("log")
+            axis.set_yscale("log", nonpositive="mask")  # a loss of 0 has no logarithm
         else:
             axis.yaxis.set_major_locator(MaxNLocator(5))
         if percent:
