@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from spss_fast.errors import UserError
@@ -54,8 +55,12 @@ class Parser(argparse.ArgumentParser):
             known = {option.lstrip("-"): option for action in self._actions for option in action.option_strings}
             typed = flag.lstrip("-")
             close = difflib.get_close_matches(typed, known)
-            # of near ones that which begins alike: --iters is --iterations and not --filters
-            best = max(close, key=lambda name: sum(map(str.__eq__, name, typed)), default=None)
+
+            def alike(name: str) -> float:  # and all the more so where they begin alike: --iters is not --filters
+                beginning = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name, typed)))
+                return difflib.SequenceMatcher(None, name, typed).ratio() + beginning / len(typed)
+
+            best = max(close, key=alike, default=None)
             hint = f"did you mean {known[best]}?" if best else "--help lists them"
             stray = f"{flag} belongs to no flag: lists are written with commas, like 1,2"
             message = f"unknown flag {flag}: {hint}" if flag.startswith("-") else stray

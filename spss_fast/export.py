@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import logging
+import math
 import os
 import tempfile
 import warnings
@@ -85,7 +86,8 @@ class Exported:
     case: str = ""  # the scan of the check
     checks: dict[str, Check] = field(default_factory=dict)  # by format
     # of a run that is measured with batch-norm statistics of each case: the Dice between the foreground so found on the
-    # scan of the check and that of the written networks, which hold the running statistics; None of any other run
+    # scan of the check and that of the written networks, which hold the running statistics, NaN where neither has
+    # any; None of any other run
     statistics_dice: float | None = None
 
 
@@ -299,12 +301,13 @@ def compare(student: VNet, forwards: dict[str, Forward], image: Tensor, patch: S
 
 
 def _statistics_dice(student: VNet, image: Tensor, patch: Sequence[int]) -> float:
-    """Dice between the foregrounds of ``image`` (H, W, D) with the running and with the case's own statistics."""
+    """Dice between the foregrounds of ``image`` (H, W, D) with the running and with the case's own statistics; NaN
+    where there is neither."""
     fixed, own = (
         sliding_window(copy.deepcopy(student), image, patch, patch, tiles=2, statistics=name).argmax(0).numpy() > 0
         for name in ("running", "case")
     )
-    return metrics.dice(fixed, own)
+    return metrics.dice(fixed, own) if fixed.any() or own.any() else math.nan
 
 
 def _versions(formats: Sequence[str]) -> dict[str, str]:
@@ -314,7 +317,7 @@ def _versions(formats: Sequence[str]) -> dict[str, str]:
 
 def _describe(student: VNet, config: Config, content: dict[str, Any], result: Exported) -> dict[str, Any]:
     """The content of ``preprocessing.json``."""
-    classes, patch = student.out_conv.out_channels, config.data.patch
+    classes, patch, dice = student.out_conv.out_channels, config.data.patch, result.statistics_dice
     return {
         "files": {name: FILES[name] for name in result.checks},
         "input": {
@@ -339,10 +342,10 @@ def _describe(student: VNet, config: Config, content: dict[str, Any], result: Ex
             "faster. The mean of the windows' softmax is a voxel's probability.",
         },
         "statistics": {
-            "of": config.network.statistics, "foreground_dice": result.statistics_dice,
+            "of": config.network.statistics, "foreground_dice": None if dice is None or math.isnan(dice) else dice,
             "text": "The files hold the running batch-norm statistics. Where `of` is `case`, spss_fast replaces them "
             "by those of each scan's own windows before it segments, and its labels differ: `foreground_dice` is "
-            "between both on the scan of the check.",
+            "between both on the scan of the check, null where neither finds any.",
         },
         "back": "Resample the label map (nearest) or the probabilities (linear) onto the scan's own voxels through the "
         "geometry that the steps gave; what they cropped away is background.",
@@ -370,10 +373,12 @@ def main(arguments: list[str] | None = None) -> None:
             f"(tolerance {LOGIT_TOLERANCE:g}), {check.agreement:.4%} of labels agree", highlight=False, soft_wrap=True,
         )
     if result.statistics_dice is not None:
+        found = f"the foregrounds so found have a Dice of {result.statistics_dice:.3f}"
+        if math.isnan(result.statistics_dice):
+            found = "neither finds any foreground"
         console.print(
             "note: the run is measured with batch-norm statistics of each scan, the files hold the running ones; on "
-            f"{result.case} the foregrounds so found have a Dice of {result.statistics_dice:.3f}", highlight=False,
-            soft_wrap=True,
+            f"{result.case} {found}", highlight=False, soft_wrap=True,
         )
     console.print(f"{result.preprocessing}: what their input and output are", highlight=False, soft_wrap=True)
 

@@ -110,7 +110,9 @@ def predict(
     if not 0 <= overlap < 1 or tiles < 1:
         raise UserError(f"overlap = {overlap}, tiles = {tiles}: overlap must be from 0 to below 1, tiles at least 1")
     where = resolve_device(device)
-    network, config = load_network(run and Path(run), weights and Path(weights), config)
+    network, config, stopped = load_network(run and Path(run), weights and Path(weights), config)
+    if stopped:
+        console.print(f"note: {stopped}", highlight=False, soft_wrap=True)
     cases = find_inputs([Path(path) for path in given])
     classes = network.out_conv.out_channels
     if config.data.classes and config.data.class_count != classes:
@@ -148,8 +150,9 @@ def predict(
     return summary
 
 
-def load_network(run: Path | None, weights: Path | None, config: Config | None = None) -> tuple[VNet, Config]:
-    """The network in evaluation mode, on the CPU, and the settings to prepare scans by (see :func:`predict`)."""
+def load_network(run: Path | None, weights: Path | None, config: Config | None = None) -> tuple[VNet, Config, str]:
+    """The network in evaluation mode, on the CPU, the settings to prepare scans by (see :func:`predict`), and how far
+    its training came where that did not end."""
     if run is None and weights is None:
         raise UserError("no network to predict with: give --run RUN, or --weights FILE")
     if run is not None and config is not None:
@@ -162,7 +165,11 @@ def load_network(run: Path | None, weights: Path | None, config: Config | None =
         raise UserError(f"{weights} does not say how scans are prepared: add --run, or --dataset for a preset's way")
     if weights is not None and run is not None:
         path, content = weights, read_weights(weights)
-    return build_network(state_dict_of(content, path), path), config
+    stopped = ""
+    if {"student", "config", "iteration"} <= content.keys():  # weights alone do not say
+        done, planned = content["iteration"], checkpoint.config_of(content).training.iterations
+        stopped = f"training stopped at iteration {done} of {planned}" if done < planned else ""
+    return build_network(state_dict_of(content, path), path), config, stopped
 
 
 def _record(network: VNet, config: Config, options: Options) -> dict[str, Any]:
@@ -242,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
         shown = some(summary.empty)
         print(f"nothing but background was found in {len(summary.empty)} of them: {shown}; if they do show the "
               "structure, see that their modality and intensities are those of the training scans, and how well the "
-              "run finds it there (evaluate, report)", file=sys.stderr)
+              "run finds it there (evaluate, report): a training of few iterations does not", file=sys.stderr)
     for reason in summary.bad.values():
         print(f"error: {reason}", file=sys.stderr)
     return 1 if summary.bad else 0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -184,6 +185,13 @@ def test_the_description_suffices_for_a_cropped_half_resolution_mr(exported, tmp
     here.preprocessing.write_text(json.dumps(described | {"files": {"onnx": "student.onnx"}}))
     scan = tmp_path / "data" / "a" / "lgemri.nrrd"
     _assert_same(_follow(here.preprocessing, scan, tmp_path / "empty", monkeypatch), _expected(run, scan))
+
+
+def test_foregrounds_that_neither_statistics_find_do_not_agree(phantom_run):
+    image, student = torch.zeros(32, 32, 16), _student(phantom_run)
+    with torch.no_grad():
+        student.out_conv.bias[0] = 1e3
+    assert math.isnan(export._statistics_dice(student, image, (32, 32, 16)))
 
 
 def test_a_real_scan(phantom_run, forwards, scans, tmp_path, capsys):

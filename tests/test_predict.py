@@ -249,6 +249,17 @@ def test_weights_and_settings_that_are_given_come_before_the_runs_own(run, tmp_p
     assert predict.load_network(None, run / "checkpoints" / "last.pt", config)[1] is config
 
 
+def test_a_run_whose_training_stopped_is_said_to_be_one(run, tmp_path, capsys):
+    write_la(tmp_path / "la", 1)
+    content = torch.load(run / "checkpoints" / "last.pt")
+    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
+    torch.save(content | {"iteration": 7}, tmp_path / "stopped" / "checkpoints" / "last.pt")
+    for folder in (run, tmp_path / "stopped"):
+        predict.main([str(tmp_path / "la"), str(tmp_path / folder.name), "--run", str(folder)])
+        shown = capsys.readouterr().out
+        assert ("note: training stopped at iteration 7 of 6000\n" in shown) == (folder != run)
+
+
 def test_classes_that_the_weights_do_not_have_are_refused(tmp_path):
     write_la(tmp_path / "la", 1)
     run = write_run(tmp_path / "run", resolve("folder", SMALL | {"classes": "1,2"}), thresholding_weights(2.5))

@@ -395,6 +395,7 @@ def test_an_old_run_is_not_overwritten(settings, tmp_path):
 @pytest.mark.parametrize("arguments, said", [
     (["--datset", "la"], "unknown flag --datset: did you mean --dataset?"),
     (["--iters", "6"], "unknown flag --iters: did you mean --iterations?"),
+    (["--registraton-epochs", "6"], "did you mean --registration-epochs?"),
     (["--window", "-160", "240"], "240 belongs to no flag: lists are written with commas"),
     (["--dataset", "brats"], "invalid choice: 'brats'"),
     (["--dataset", "la"], "--data-dir"),

@@ -150,7 +150,11 @@ def test_an_annotated_case_needs_a_label(ten, tmp_path):
     (folder / "train.list").write_text("\n".join("abcdefghij"))
     (folder / "b" / "laendo.nrrd").unlink()
     config = settings_of("la", tmp_path, n_labeled=3)
-    with pytest.raises(UserError, match=r"b/lgemri.nrrd is of the first n_labeled = 3.*annotate a slice"):
+    said = r"b/lgemri.nrrd is of the first n_labeled = 3.*annotate a slice of it, or lower n_labeled to 2$"
+    with pytest.raises(UserError, match=said):
+        make_split(prepared("la", folder, config), folder, config)
+    config.data.n_labeled = 2  # of which one is left, too few for a batch
+    with pytest.raises(UserError, match=r"training needs 2 annotated slices at least; spss_fast.suggest proposes"):
         make_split(prepared("la", folder, config), folder, config)
 
 

@@ -31,6 +31,6 @@ def thresholding_weights(*levels: float, filters: int = 2, steepness: float = 8.
 def write_run(folder: Path, config: Config, weights: dict[str, Tensor]) -> Path:
     """The folder of a run that ended with ``weights``, as far as inference reads it."""
     (folder / "checkpoints").mkdir(parents=True)
-    content = {"student": weights, "config": to_dict(config), "iteration": 1}
+    content = {"student": weights, "config": to_dict(config), "iteration": config.training.iterations}
     torch.save(content, folder / "checkpoints" / "last.pt")
     return folder
