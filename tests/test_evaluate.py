@@ -23,7 +23,7 @@ def run(tmp_path) -> Path:
     write_image(tmp_path / "scans" / "a.nii.gz", 100 * FOUND, SPACING)
     write_image(tmp_path / "scans" / "a_seg.nii.gz", LABEL, SPACING)
     flags = {"patch": (32, 32, 16), "amp": "off", "device": "cpu", "workers": 1, "cache_dir": str(tmp_path / "cache")}
-    run = write_run(tmp_path / "run", resolve("folder", flags), thresholding_weights(1.5))
+    run = write_run(tmp_path / "run", resolve("folder", flags), thresholding_weights(1.5), iteration=1)
     cases = {"data_dir": str(tmp_path / "scans"), "train": [], "test": ["a"], "annotated": {}, "held_out": True}
     (run / "cases.json").write_text(json.dumps(cases))
     return run

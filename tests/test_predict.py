@@ -251,9 +251,7 @@ def test_weights_and_settings_that_are_given_come_before_the_runs_own(run, tmp_p
 
 def test_a_run_whose_training_stopped_is_said_to_be_one(run, tmp_path, capsys):
     write_la(tmp_path / "la", 1)
-    content = torch.load(run / "checkpoints" / "last.pt")
-    (tmp_path / "stopped" / "checkpoints").mkdir(parents=True)
-    torch.save(content | {"iteration": 7}, tmp_path / "stopped" / "checkpoints" / "last.pt")
+    write_run(tmp_path / "stopped", resolve("folder", SMALL), thresholding_weights(2.5), iteration=7)
     for folder in (run, tmp_path / "stopped"):
         predict.main([str(tmp_path / "la"), str(tmp_path / folder.name), "--run", str(folder)])
         shown = capsys.readouterr().out

@@ -76,13 +76,13 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
         empty = empty_annotations(settings)
         still = f"; still empty: {some(empty)}" if empty else ""
         left = settings.n_labeled - len(bare)
-        mend = f"annotate a slice of it, or lower n_labeled to {left}"
+        otherwise = f", or lower n_labeled to {left}"
         if left < training.batch_labeled:
-            mend = (f"training needs {training.batch_labeled} annotated slices at least; spss_fast.suggest proposes "
-                    "which, and --annotations takes them")
+            otherwise = (f"; training needs {training.batch_labeled} annotated slices at least (spss_fast.suggest "
+                         "proposes which, --annotations takes them)")
         raise UserError(
             f"{known[bare[0]].case.image} is of the first n_labeled = {settings.n_labeled} training cases but has no "
-            f"label ({len(bare)} such{still}): {mend}")
+            f"label ({len(bare)} such{still}): annotate a slice of it{otherwise}")
     return Split(train, test, held_out)
 
 

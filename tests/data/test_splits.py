@@ -154,7 +154,7 @@ def test_an_annotated_case_needs_a_label(ten, tmp_path):
     with pytest.raises(UserError, match=said):
         make_split(prepared("la", folder, config), folder, config)
     config.data.n_labeled = 2  # of which one is left, too few for a batch
-    with pytest.raises(UserError, match=r"training needs 2 annotated slices at least; spss_fast.suggest proposes"):
+    with pytest.raises(UserError, match=r"annotate a slice of it; training needs 2 annotated slices at least"):
         make_split(prepared("la", folder, config), folder, config)
 
 

@@ -28,9 +28,9 @@ def thresholding_weights(*levels: float, filters: int = 2, steepness: float = 8.
     return network.state_dict()
 
 
-def write_run(folder: Path, config: Config, weights: dict[str, Tensor]) -> Path:
-    """The folder of a run that ended with ``weights``, as far as inference reads it."""
+def write_run(folder: Path, config: Config, weights: dict[str, Tensor], iteration: int | None = None) -> Path:
+    """The folder of a run that ended with ``weights``, or stopped with them, as far as inference reads it."""
     (folder / "checkpoints").mkdir(parents=True)
-    content = {"student": weights, "config": to_dict(config), "iteration": config.training.iterations}
+    content = {"student": weights, "config": to_dict(config), "iteration": iteration or config.training.iterations}
     torch.save(content, folder / "checkpoints" / "last.pt")
     return folder
