@@ -126,8 +126,8 @@ def _measure(
     meaning = described(rows, recorded, folder, foreign)
     if not rows:
         raise UserError(f"nothing to measure: of the {len(cases)} {meaning}, none has a full label")
-    if content["iteration"] < config.training.iterations:
-        meaning += f"; training stopped at iteration {content['iteration']} of {config.training.iterations}"
+    if stopped := checkpoint.stopped(content):
+        meaning += f"; {stopped}"
     if grid := measured_grid(config.data):
         meaning += f"; on {grid}"
     return rows, meaning, {"data_dir": str(folder.resolve()), "foreign": foreign}, left_out

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from spss_fast.engine.weights import build_network, fingerprint, read_weights, s
 from spss_fast.errors import UserError, some
 from spss_fast.files import atomically, refuse_among_scans, write_json
 from spss_fast.nets.vnet import VNet
-from spss_fast.settings import SECTIONS, Config
+from spss_fast.settings import SECTION_OF, Config
 
 DESCRIPTION = """Segment scans with a trained network: label maps in each scan's own geometry and format, into the
 folder OUT. What is there already is skipped; scans that cannot be read are listed at the end, with exit status 1."""
@@ -65,9 +65,7 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: the run's)")
     parser.add_argument("--dataset", choices=sorted(PRESETS), help="preset that scans are prepared by, without --run")
     parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="settings that override the preset")
-    cli.add_settings(parser, skip=tuple(
-        item.name for cls in SECTIONS.values() for item in fields(cls) if item.name not in PREPARATION
-    ))
+    cli.add_settings(parser, skip=tuple(name for name in SECTION_OF if name not in PREPARATION))
     return vars(parser.parse_args(arguments))
 
 
@@ -165,10 +163,8 @@ def load_network(run: Path | None, weights: Path | None, config: Config | None =
         raise UserError(f"{weights} does not say how scans are prepared: add --run, or --dataset for a preset's way")
     if weights is not None and run is not None:
         path, content = weights, read_weights(weights)
-    stopped = ""
-    if {"student", "config", "iteration"} <= content.keys():  # weights alone do not say
-        done, planned = content["iteration"], checkpoint.config_of(content).training.iterations
-        stopped = f"training stopped at iteration {done} of {planned}" if done < planned else ""
+    # weights alone do not say
+    stopped = checkpoint.stopped(content) if {"student", "config", "iteration"} <= content.keys() else ""
     return build_network(state_dict_of(content, path), path), config, stopped
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_
 from spss_fast.data.layouts import Case, find_cases, source_grid
 from spss_fast.data.parallel import parallel
 from spss_fast.errors import UserError
-from spss_fast.settings import SECTIONS, Config, DataSettings
+from spss_fast.settings import SECTION_OF, Config
 
 DESCRIPTION = """Measure a folder of scans, write down the settings that suit them as FILE.toml, and prepare the
 volumes, so that training begins at once. Plain folders of NIfTI, NRRD and MetaImage files (alone, or with labels),
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, metavar="FILE.toml", help="settings file to write (default: named after "
                         "the data folder, in the working directory)")
     parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="prepare by this file instead of proposing")
-    other = tuple(item.name for cls in SECTIONS.values() if cls is not DataSettings for item in fields(cls))
+    other = tuple(name for name, section in SECTION_OF.items() if section != "data")
     cli.add_settings(parser, skip=SKIPPED + other)
     return vars(parser.parse_args(arguments))
 

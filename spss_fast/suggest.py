@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbn
 from spss_fast.data.splits import read_lists
 from spss_fast.errors import UserError, some
 from spss_fast.files import refuse_among_scans
-from spss_fast.settings import SECTIONS, DataSettings
+from spss_fast.settings import SECTION_OF, DataSettings
 
 DESCRIPTION = """Which volumes to annotate, and which slice of each, as image + empty label pairs that 3D Slicer and
 ITK-SNAP open on that slice. Volumes: those that are most like all others (k-medoids of thumbnails). Slice: the one that
@@ -42,8 +42,7 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to annotate in")
     parser.add_argument("--budget", type=int, default=BUDGET, help="volumes to annotate, with those in --out already")
     parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="settings that override the preset")
-    names = [item.name for section in SECTIONS.values() for item in fields(section)]
-    cli.add_settings(parser, skip=tuple(name for name in names if name not in USED))
+    cli.add_settings(parser, skip=tuple(name for name in SECTION_OF if name not in USED))
     return vars(parser.parse_args(arguments))
 
 

@@ -58,3 +58,9 @@ def restore(state: State, content: dict[str, Any]) -> None:
 def config_of(content: dict[str, Any]) -> Config:
     """The settings that a checkpoint was trained with."""
     return from_dict(content["config"])
+
+
+def stopped(content: dict[str, Any]) -> str:
+    """How far the training of a checkpoint came, in words; empty where it came to its end."""
+    done, planned = content["iteration"], config_of(content).training.iterations
+    return f"training stopped at iteration {done} of {planned}" if done < planned else ""

@@ -31,6 +31,7 @@ def thresholding_weights(*levels: float, filters: int = 2, steepness: float = 8.
 def write_run(folder: Path, config: Config, weights: dict[str, Tensor], iteration: int | None = None) -> Path:
     """The folder of a run that ended with ``weights``, or stopped with them, as far as inference reads it."""
     (folder / "checkpoints").mkdir(parents=True)
-    content = {"student": weights, "config": to_dict(config), "iteration": iteration or config.training.iterations}
+    done = config.training.iterations if iteration is None else iteration
+    content = {"student": weights, "config": to_dict(config), "iteration": done}
     torch.save(content, folder / "checkpoints" / "last.pt")
     return folder
