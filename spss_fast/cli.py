@@ -6,6 +6,7 @@ import argparse
 import difflib
 import errno
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -28,7 +29,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line with a suggestion."""
 
-    console = False  # whether the command was called through spss-fast: its usage line then says so
+    console = False  # whether the command was called through spss-fast, as is then shown of others too
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         if self.console:
@@ -68,6 +69,12 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), 1)
             message += f": did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def command_line(command: str, *arguments: object) -> str:
+    """How to run another command, as a shell takes it, and the way this one was called."""
+    called = f"spss-fast {command}" if Parser.console else f"python -m spss_fast.{command}"
+    return f"{called} {shlex.join(map(str, arguments))}"
 
 
 def add_settings(parser: argparse.ArgumentParser, skip: tuple[str, ...] = ()) -> None:

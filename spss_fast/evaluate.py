@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from spss_fast import cli
+from spss_fast.console import say
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases
 from spss_fast.engine import checkpoint
@@ -152,9 +153,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows, meaning, whose, left_out = _measure(run, stride=stride, **given)
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
     if left_out:
-        console.print(f"not measured: {len(left_out)} labelled cases in {whose['data_dir']} that are not the run's "
-                      f"({some(left_out)}); to measure them, copy or link them into a folder of their own, without the "
-                      "run's cases, and give that as --data-dir", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"not measured: {len(left_out)} labelled cases in {whose['data_dir']} that are not the run's "
+                     f"({some(left_out)}); to measure them, copy or link them into a folder of their own, without the "
+                     "run's cases, and give that as --data-dir")
     try:
         write_metrics(out, rows)
         write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
@@ -164,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     if labels.exists():
         with labels.open(newline="") as file:
             annotated = {row.pop("case"): {name: float(v) for name, v in row.items()} for row in csv.DictReader(file)}
-        console.print(f"registration labels of {len(annotated)} annotated training volumes: {dice_line(annotated)}")
+        say(console, f"registration labels of {len(annotated)} annotated training volumes: {dice_line(annotated)}")
 
 
 if __name__ == "__main__":

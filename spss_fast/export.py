@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spss_fast import __version__, cli, metrics
+from spss_fast.console import say
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.description import class_descriptions, preparation_steps
 from spss_fast.data.layouts import Case, find_cases
@@ -129,7 +130,7 @@ def export(
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as temporary:
             written = _write(student, formats, Path(temporary), config.data.patch)
             forwards = {name: _read(name, path, student) for name, path in written.items()}
-            console.print(f"checking on {case.name}, {' x '.join(map(str, case.grid.size))} voxels", highlight=False)
+            say(console, f"checking on {case.name}, {' x '.join(map(str, case.grid.size))} voxels")
             image = torch.from_numpy(case.image)
             result.checks = compare(student, forwards, image, config.data.patch)
             for name, check in result.checks.items():
@@ -368,19 +369,16 @@ def main(arguments: list[str] | None = None) -> None:
     result = export(given["run"], given["out"], formats, given["scan"], console)
     for name, check in result.checks.items():
         size = result.files[name].stat().st_size / 1e6
-        console.print(
-            f"{result.files[name]} ({size:.1f} MB): logits differ from PyTorch's by at most {check.max_difference:.2g} "
-            f"(tolerance {LOGIT_TOLERANCE:g}), {check.agreement:.4%} of labels agree", highlight=False, soft_wrap=True,
-        )
+        say(console, f"{result.files[name]} ({size:.1f} MB): logits differ from PyTorch's by at most "
+                     f"{check.max_difference:.2g} (tolerance {LOGIT_TOLERANCE:g}), "
+                     f"{check.agreement:.4%} of labels agree")
     if result.statistics_dice is not None:
         found = f"the foregrounds so found have a Dice of {result.statistics_dice:.3f}"
         if math.isnan(result.statistics_dice):
             found = "neither finds any foreground"
-        console.print(
-            "note: the run is measured with batch-norm statistics of each scan, the files hold the running ones; on "
-            f"{result.case} {found}", highlight=False, soft_wrap=True,
-        )
-    console.print(f"{result.preprocessing}: what their input and output are", highlight=False, soft_wrap=True)
+        say(console, "note: the run is measured with batch-norm statistics of each scan, the files hold the running "
+                     f"ones; on {result.case} {found}")
+    say(console, f"{result.preprocessing}: what their input and output are")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from spss_fast import __version__, cli
 from spss_fast.config import PRESETS, resolve
+from spss_fast.console import say
 from spss_fast.data.images import ending
 from spss_fast.data.inputs import find_inputs, output_paths, refuse_clashes
 from spss_fast.data.output import write_like
@@ -110,7 +111,7 @@ def predict(
     where = resolve_device(device)
     network, config, stopped = load_network(run and Path(run), weights and Path(weights), config)
     if stopped:
-        console.print(f"note: {stopped}", highlight=False, soft_wrap=True)
+        say(console, f"note: {stopped}")
     cases = find_inputs([Path(path) for path in given])
     classes = network.out_conv.out_channels
     if config.data.classes and config.data.class_count != classes:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from spss_fast import cli
 from spss_fast.config import resolve
+from spss_fast.console import say
 from spss_fast.data import cache
 from spss_fast.data.annotations import (
     Annotation,
@@ -111,14 +112,14 @@ def _annotated(
     refuse_all_empty(states, folder)
     good = {name: state for name, state in states.items() if isinstance(state, Annotation)}
     empty = [name for name, state in states.items() if state is None]
-    console.print(f"{len(good)} of {len(states)} annotations in {folder} are there", highlight=False, soft_wrap=True)
+    say(console, f"{len(good)} of {len(states)} annotations in {folder} are there")
     scans = {case.name: case for case in cases}
     for name, annotation in good.items():
         values, index = ", ".join(map(str, annotation.values)), annotation.index_in(source_grid(scans[name]))
-        console.print(f"  {name}: {annotation.plane} slice {index} (axis {annotation.axis} of the file), label value "
-                      f"{values}", highlight=False, soft_wrap=True)
+        say(console, f"  {name}: {annotation.plane} slice {index} (axis {annotation.axis} of the file), label value "
+                     f"{values}")
     if empty:
-        console.print(f"  still empty: {', '.join(empty)}", highlight=False, soft_wrap=True)
+        say(console, f"  still empty: {', '.join(empty)}")
     if good:
         plane = common_plane(good)
         if config.data.plane not in ("auto", plane):
@@ -139,7 +140,7 @@ def _named(cases: list[Case], config: Config, console: Console) -> tuple[list[st
                          "the label that holds the slice")
         else:
             good.append(name)
-    console.print(f"{table} names a slice of {len(good)} scans", highlight=False, soft_wrap=True)
+    say(console, f"{table} names a slice of {len(good)} scans")
     return good, wrong
 
 
@@ -163,12 +164,12 @@ def _write(
         out.write_text(to_toml(measured, proposal, unusable), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out} cannot be written ({error.strerror}): choose another --out") from error
-    console.print(f"{len(measured)} scans", highlight=False)
+    say(console, f"{len(measured)} scans")
     for line in [*describe(measured), *(f"look at: {remark}" for remark in proposal.remarks)]:
-        console.print(f"  {line}", highlight=False, soft_wrap=True)
+        say(console, f"  {line}")
     shown = ("window", "body_crop", "resample", "patch", "n_labeled", "n_test")
     text = ", ".join(f"{name} {proposal.values[name]}" for name in shown)
-    console.print(f"proposed in {out}: {text}", highlight=False, soft_wrap=True)
+    say(console, f"proposed in {out}: {text}")
 
 
 def _prepare(cases: list[Case], config: Config) -> tuple[list[PreparedCase], list[str]]:
@@ -193,15 +194,17 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     result = prepare_folder(given.pop("data_dir"), given.pop("out"), given.pop("settings"), given, console)
     where = cache.cache_root(result.config.data)
-    console.print(f"{len(result.cases)} volumes prepared in {where}", highlight=False, soft_wrap=True)
+    say(console, f"{len(result.cases)} volumes prepared in {where}")
     for line in result.unusable:
-        console.print(f"cannot be used: {line}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"cannot be used: {line}")
     if result.unusable:
-        console.print(f"{len(result.unusable)} files cannot be used: mend them, take them away or leave them out of "
-                      "both train.list and test.list, or training will stop at them", highlight=False, soft_wrap=True)
+        say(console, f"{len(result.unusable)} files cannot be used: mend them, take them away or leave them out of "
+                     "both train.list and test.list, or training will stop at them")
         return 1
-    console.print(f"train with: python -m spss_fast.train --dataset folder --settings {result.settings} --out runs/"
-                  f"{result.settings.stem}", highlight=False, soft_wrap=True, markup=False)
+    train = cli.command_line(
+        "train", "--dataset", "folder", "--settings", result.settings, "--out", Path("runs", result.settings.stem)
+    )
+    say(console, f"train with: {train}")
     return 0
 
 

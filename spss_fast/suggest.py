@@ -10,6 +10,7 @@ from rich.console import Console
 
 from spss_fast import cli
 from spss_fast.config import PRESETS, resolve
+from spss_fast.console import say
 from spss_fast.data.annotation_export import (
     Suggestion,
     export_case,
@@ -79,8 +80,7 @@ def suggest(
     listed = read_table(out)
     wanted = budget - len(listed)
     if wanted <= 0:
-        console.print(f"{out} already holds {len(listed)} cases to annotate; a larger --budget adds more",
-                      highlight=False, soft_wrap=True)
+        say(console, f"{out} already holds {len(listed)} cases to annotate; a larger --budget adds more")
         return listed
     pool = [case for name, case in found.items() if name in (trained or found) and name not in (tested or ())]
     fixed = tuple(item.case for item in listed if item.case in {case.name for case in pool})
@@ -98,11 +98,11 @@ def suggest(
         export_case(out, case, item)
         listed.append(item)
         write_table(out, listed)
-        console.print(f"{item.case}: slice {item.slice} along axis {'xyz'[item.axis]}", highlight=False, soft_wrap=True)
+        say(console, f"{item.case}: slice {item.slice} along axis {'xyz'[item.axis]}")
     write_readme(out, listed)
-    console.print(f"annotate one slice in each of the {len(listed)} folders of {out} (README.txt there says how), "
-                  f"then: python -m spss_fast.prepare --data-dir {settings.data_dir} --annotations {out}",
-                  highlight=False, soft_wrap=True)
+    then = cli.command_line("prepare", "--data-dir", settings.data_dir, "--annotations", out)
+    say(console, f"annotate one slice in each of the {len(listed)} folders of {out} (README.txt there says how), "
+                 f"then: {then}")
     return listed
 
 

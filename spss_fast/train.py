@@ -13,6 +13,7 @@ from rich.console import Console
 
 from spss_fast import cli
 from spss_fast.config import PRESETS, differing, located, resolve
+from spss_fast.console import say
 from spss_fast.data.annotations import annotated_plane
 from spss_fast.data.dataset import Dataset, load
 from spss_fast.data.loader import batches, resolve_loader
@@ -76,29 +77,28 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
         folder.create(config, device, dataset.describe())
         checkpoint.save(state, folder.checkpoint)  # so that there is one to go on from, wherever the run stops
     precision = "float32" if amp is None else str(amp).removeprefix("torch.")
-    console.print(f"{dataset.summary()}; {device}, {precision}, {loader} loader; run folder {out}",
-                  highlight=False, soft_wrap=True)
+    say(console, f"{dataset.summary()}; {device}, {precision}, {loader} loader; run folder {out}")
     finished = state.iteration >= config.training.iterations
-    again = f"python -m spss_fast.train --out {out} --resume"
+    again = cli.command_line("train", "--out", out, "--resume")
     try:
         with determinism(config.training.deterministic):
             pretrain_registration(state, dataset, folder, console)
             train_jointly(state, dataset, folder, console)
             measure_registration_labels(state, dataset, folder, console)
         if peak := peak_memory(device):
-            console.print(f"peak memory: {peak / 2**30:.2f} GiB", highlight=False)
+            say(console, f"peak memory: {peak / 2**30:.2f} GiB")
         what = "done"
         if finished:
             what = f"nothing was left to train: this run had finished its {state.iteration} iterations (for more of " \
                    "them begin another run, with --iterations and another --out)"
-        console.print(f"{what}; {_next_step(dataset, out)}", highlight=False, soft_wrap=True)
+        say(console, f"{what}; {_next_step(dataset, out)}")
     except Abandoned:
-        console.print(f"stopped at once; go on from the last checkpoint with: {again}", highlight=False, soft_wrap=True)
+        say(console, f"stopped at once; go on from the last checkpoint with: {again}")
         raise
     except KeyboardInterrupt:
         checkpoint.save(state, folder.checkpoint)
         where = f"iteration {state.iteration}" if state.iteration else f"epoch {state.epoch} of stage 1"
-        console.print(f"stopped after {where}; go on with: {again}", highlight=False, soft_wrap=True)
+        say(console, f"stopped after {where}; go on with: {again}")
         raise
     finally:
         folder.close()
@@ -137,6 +137,7 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
         profiler(training.profile, state.device, folder.path, console) as profile,
         closing(batches(sampler, state.device, state.iteration, config.data.loader)) as loader,
     ):
+        first = state.iteration + 1
         while state.iteration < training.iterations:
             with uninterrupted(console):
                 with state.beside(), phase("data"):
@@ -146,10 +147,12 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
                     profile.step()
                 t, last = state.iteration, state.iteration == training.iterations
                 logs, saves = (last or t % every == 0 for every in (training.log_every, training.checkpoint_every))
-                if logs or saves:
+                shows = logs or t == first  # a slow machine takes minutes to the next
+                if shows or saves:
                     row = _metrics(state, batch, outputs, monitored)
                 if logs:
                     folder.log("joint", t, row)
+                if shows:
                     progress.update(t, _status(row))
                 if training.preview_every and (last or t % training.preview_every == 0):
                     state.settle()
@@ -167,7 +170,7 @@ def measure_registration_labels(state: State, dataset: Dataset, folder: RunFolde
     rows = evaluate_labels(state.registration, dataset.labeled, state.config, state.device, state.amp)
     if rows:
         write_metrics(folder.path / "registration_labels.csv", rows)
-        console.print(f"registration labels of the {len(rows)} annotated volumes: {dice_line(rows)}")
+        say(console, f"registration labels of the {len(rows)} annotated volumes: {dice_line(rows)}")
 
 
 def _metrics(state: State, batch: Batch, outputs: Outputs, monitored: bool) -> dict[str, float]:
@@ -195,9 +198,10 @@ def _refuse_divergence(config: Config, when: str, **losses: float) -> None:
 
 def _next_step(dataset: Dataset, out: Path) -> str:
     if any(case.has_full_label for case in dataset.test):
-        return f"measure it with: python -m spss_fast.evaluate --run {out}"
-    return (f"no test case has a full label; segment scans with: python -m spss_fast.predict SCANS OUT --run {out}, or "
-            f"measure it on others with: python -m spss_fast.evaluate --run {out} --data-dir LABELLED_SCANS")
+        return f"measure it with: {cli.command_line('evaluate', '--run', out)}"
+    predict = cli.command_line("predict", "SCANS", "OUT", "--run", out)
+    evaluate = cli.command_line("evaluate", "--run", out, "--data-dir", "LABELLED_SCANS")
+    return f"no test case has a full label; segment scans with: {predict}, or measure it on others with: {evaluate}"
 
 
 def _status(row: dict[str, float]) -> str:

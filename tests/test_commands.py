@@ -52,6 +52,13 @@ def test_help_names_every_command_and_imports_none(tmp_path):
     assert spss_fast(cwd=tmp_path, code=code).stdout == "False\n"
 
 
+def test_other_commands_are_shown_as_this_one_was_called_and_as_a_shell_takes_them():
+    arguments = "--run", Path("my runs/a"), "--resume"
+    assert cli.command_line("train", *arguments) == "python -m spss_fast.train --run 'my runs/a' --resume"
+    cli.Parser.console = True
+    assert cli.command_line("train", *arguments) == "spss-fast train --run 'my runs/a' --resume"
+
+
 def test_version(tmp_path):
     shown = spss_fast("--version", cwd=tmp_path)
     assert (shown.returncode, shown.stdout) == (0, f"spss_fast {__version__}\n")

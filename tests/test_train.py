@@ -19,7 +19,7 @@ from rich.console import Console
 from spss_fast import evaluate, train
 from spss_fast.config import resolve
 from spss_fast.data.phantom import write_phantoms
-from spss_fast.engine import checkpoint
+from spss_fast.engine import checkpoint, progress
 from spss_fast.engine.interrupts import uninterrupted
 from spss_fast.engine.profiling import PHASES
 from spss_fast.engine.run_folder import RunFolder
@@ -95,6 +95,15 @@ def test_two_commands_from_scans_to_metrics(settings, tmp_path, capsys):
     assert about["data_dir"] == recorded["data_dir"]
     assert (about["units"], about["cases"]) == ("voxel", 2)
     assert about["metrics"]["dice"]["mean"] == pytest.approx(np.mean(list(measured.values())), abs=1e-5)
+
+
+def test_the_first_iteration_is_shown_at_once(settings, tmp_path, capsys, monkeypatch):
+    """The next that is shown may be minutes off."""
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
+    train.main(["--out", str(tmp_path / "run"), *_flags(settings | {"log_every": 50, "iterations": 4})])
+    shown = re.findall(r"joint training (\d)/4, ", capsys.readouterr().out)
+    logged = (tmp_path / "run" / "joint.csv").read_text().splitlines()[1:]
+    assert shown == ["1", "4"] and [row.split(",")[0] for row in logged] == ["4"]
 
 
 @pytest.fixture(scope="module")

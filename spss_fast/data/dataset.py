@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from spss_fast.console import say
 from spss_fast.data.annotations import check_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases, sources
@@ -58,7 +59,7 @@ def data_folder(config: Config, console: Console) -> Path:
     organs = any(value in ORGANS for value in settings.classes)
     written = write_phantoms(folder, settings.phantoms, config.training.seed, organs=organs)
     if written:
-        console.print(f"wrote {written} phantom volumes to {folder}")
+        say(console, f"wrote {written} phantom volumes to {folder}")
     return folder
 
 

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from spss_fast import metrics
+from spss_fast.console import say
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.sampling import TrainingVolume
 from spss_fast.engine.inference import sliding_window
@@ -120,13 +122,13 @@ def write_summary(path: Path, rows: Rows, **about: Any) -> None:
 
 def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bool = True) -> None:
     """A table per case, and mean ± sd: of each class that is kept apart, then of their average."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title, "table.title"), title_justify="left")  # brackets in names are no markup
     table.add_column("case")
     for heading in ("Dice", "Jaccard", f"HD95 ({unit})", f"ASD ({unit})"):
         table.add_column(heading, justify="right")
     if cases:
         for case, row in rows.items():
-            table.add_row(case, *(f"{row[name]:.{digits}f}" for name, digits in DIGITS.items()))
+            table.add_row(Text(case), *(f"{row[name]:.{digits}f}" for name, digits in DIGITS.items()))
         table.add_section()
     summary = mean_and_sd(rows)
     suffixes = {f"class {value}": f"_{value}" for value in _class_values(rows)} | {f"mean of {len(rows)}": ""}
@@ -140,4 +142,4 @@ def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bo
     empty = [case for case, row in rows.items() if any(np.isnan(value) for value in row.values())]
     if empty:
         whose = " of a class" * bool(_class_values(rows))
-        console.print(f"no distance{whose} for {', '.join(empty)}: prediction or reference is empty there")
+        say(console, f"no distance{whose} for {', '.join(empty)}: prediction or reference is empty there")

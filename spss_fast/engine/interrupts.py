@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from spss_fast.console import say
+
 
 class Abandoned(KeyboardInterrupt):
     """A second interrupt: what had begun is half done."""
@@ -32,7 +34,7 @@ def uninterrupted(console: Console, what: str = "iteration") -> Iterator[None]:
         if asked:
             raise Abandoned
         asked = True
-        console.print(f"stopping after this {what}; interrupt again to stop at once", highlight=False)
+        say(console, f"stopping after this {what}; interrupt again to stop at once")
 
     signal.signal(signal.SIGINT, handle)
     try:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
+from spss_fast.console import say
+
 PHASES = ("data", "registration", "propagation", "teacher", "student", "losses", "optimizer")
 PREFIX = "spss_fast/"
 WARMUP = 2  # iterations before the profiled ones: allocators and kernels settle in them
@@ -51,8 +53,8 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
     with profile(activities=activities, schedule=plan, on_trace_ready=finish) as running:
         yield running
     if running.step_num <= WARMUP:
-        console.print(f"nothing was profiled: --profile leaves out the first {WARMUP} iterations, and this run had "
-                      f"{running.step_num}", highlight=False)
+        say(console, f"nothing was profiled: --profile leaves out the first {WARMUP} iterations, and this run had "
+                     f"{running.step_num}")
 
 
 def phase_table(trace: Path, iterations: int) -> Table:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from spss_fast.console import say
+
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal to redraw
 
 
@@ -25,11 +27,12 @@ class Progress:
         if console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[status]}"), console=console,
+                TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[status]}", markup=False),
+                console=console,
             )
             self._task = self._bar.add_task(title, total=total, completed=done, status=awaited)
         elif awaited and done < total:
-            console.print(f"{title} {done}/{total}: {awaited}", highlight=False, soft_wrap=True)
+            say(console, f"{title} {done}/{total}: {awaited}")
 
     def __enter__(self) -> Progress:
         if self._bar:
@@ -51,7 +54,4 @@ class Progress:
         self._last_line = now
         elapsed = now - self._started
         remaining = elapsed / max(1, done - self._first) * (self._total - done)
-        self._console.print(
-            f"{self._title} {done}/{self._total}, {elapsed:.0f} s, ETA {remaining:.0f} s: {status}",
-            highlight=False, soft_wrap=True,
-        )
+        say(self._console, f"{self._title} {done}/{self._total}, {elapsed:.0f} s, ETA {remaining:.0f} s: {status}")

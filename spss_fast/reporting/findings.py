@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass
 
 import numpy as np
 
+from spss_fast import cli
 from spss_fast.engine.evaluation import Rows, measured_grid
 from spss_fast.reporting.gallery import Gallery
 from spss_fast.reporting.record import Record
@@ -35,7 +35,7 @@ class Answer:
 
 def command(record: Record) -> str:
     """How to measure the run."""
-    return f"python -m spss_fast.evaluate --run {shlex.quote(str(record.path))}"
+    return cli.command_line("evaluate", "--run", record.path)
 
 
 def answers(record: Record, gallery: Gallery) -> list[Answer]:
@@ -151,8 +151,7 @@ def _training(record: Record) -> Answer:
     else:
         findings.append(Finding(
             f"{record.reached} of {_plural(training.iterations, 'joint iteration')} done, {record.iteration} in the "
-            f"checkpoint. Where it stopped: python -m spss_fast.train --out {shlex.quote(str(record.path))} --resume",
-            BAD))
+            f"checkpoint. Where it stopped: {cli.command_line('train', '--out', record.path, '--resume')}", BAD))
     broken = sorted(name for curves in (record.registration, joint) for name, values in curves.items()
                     if not np.isfinite(values).all() and not name.startswith("dice"))
     if broken:

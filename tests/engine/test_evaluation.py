@@ -67,6 +67,16 @@ def test_a_table_shows_each_metric_under_its_heading():
         "case": "a", "Dice": "0.5000", "Jaccard": "0.2500", "HD95 (mm)": "4.00", "ASD (mm)": "1.50"}
 
 
+def test_names_with_brackets_are_shown_as_they_are():
+    """rich takes [v2] for markup, and :dog: for an emoji."""
+    console = Console(file=io.StringIO(), width=100)
+    row = {"dice": 0.5, "jaccard": 0.25, "hd95": np.nan, "asd": np.nan}
+    evaluation.print_metrics(console, "1 case of runs[v2][/v2]", {"scan[v2]:dog:": row}, "mm")
+    title, *table, said = console.file.getvalue().splitlines()
+    assert title.strip() == "1 case of runs[v2][/v2]" and any(" scan[v2]:dog: " in line for line in table)
+    assert said == "no distance for scan[v2]:dog:: prediction or reference is empty there"
+
+
 def test_strides_are_las_in_proportion():
     assert evaluation.window_stride((112, 112, 80)) == (18, 18, 4)
     assert evaluation.window_stride((176, 176, 64)) == (28, 28, 3)
