@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import SimpleITK as sitk
 import torch
 from rich.console import Console
 
-from spss_fast import evaluate, train
+from spss_fast import cli, evaluate, train
 from spss_fast.config import resolve
 from spss_fast.data.phantom import write_phantoms
 from spss_fast.engine import checkpoint, progress
@@ -416,13 +415,14 @@ def test_an_old_run_is_not_overwritten(settings, tmp_path):
     (["--dataset", "phantom", "--settings", "none.toml"], "cannot read the settings file none.toml"),
     (["--out", "empty", "--resume"], "/empty: give the folder of a training, its --out"),
 ])
-def test_bad_command_lines_end_in_one_line_and_write_nothing(arguments, said, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "spss_fast.train", *arguments], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert result.returncode == 2
-    assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1
-    assert not (tmp_path / "runs").exists()
+def test_bad_command_lines_end_in_one_line_and_write_nothing(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda: train.main(arguments))
+    shown = capsys.readouterr()
+    assert exit.value.code == 2 and shown.out == ""
+    assert said in shown.err and len(shown.err.strip().splitlines()) == 1
+    assert not any(tmp_path.iterdir())
 
 
 def test_resume_keeps_the_runs_own_settings(settings, phantoms, tmp_path, monkeypatch, capsys):
