@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import optimizers, selfpaced
@@ -38,9 +38,9 @@ class State:
     config: Config
     device: torch.device
     amp: torch.dtype | None  # autocast type of the networks' forward passes; None is float32
-    student: nn.Module = field(init=False)
-    teacher: nn.Module = field(init=False)
-    registration: nn.Module = field(init=False)
+    student: VNet = field(init=False)
+    teacher: VNet = field(init=False)
+    registration: RegistrationNet = field(init=False)
     sgd: torch.optim.Optimizer = field(init=False)
     adam: torch.optim.Optimizer = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)  # of the student's loss; does nothing but in fp16
