@@ -2,7 +2,7 @@
 // direct calls of torch.ops.spss_fast.* and C++ callers from reading out of bounds.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <array>
 #include <optional>

@@ -3,6 +3,11 @@
 // Anchors come in blocks small enough for the cache, sorted by class within a block; each class is then a few matrix
 // products with its own bank of k prototypes (scores, and their gradients), with the row softmax between them. Nothing
 // of size N is stored but the gradients.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <numeric>

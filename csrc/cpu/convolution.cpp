@@ -5,9 +5,11 @@
 // Maps lie channels last, so that a vector holds eight channels of a voxel. Blocks of tiles that fit into the second-level
 // cache go through data transform, 64 matrix products and inverse transform. The gradient of the input is the convolution
 // with the filter reversed and its channels exchanged; that of the filter is made of the adjoint transforms.
-#include <torch/library.h>
-
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <type_traits>

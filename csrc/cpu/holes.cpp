@@ -1,5 +1,4 @@
 // Hole filling: a flood from outside through all that is not of a class leaves what the class encloses.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -2,6 +2,8 @@
 //
 // A forward pass leaves its sums (float64) behind; they are all the backward pass needs besides the inputs.
 // Sums are of the compute type within a tile of 256 voxels, of float64 beyond it.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/tensor.h>
 #include <torch/library.h>
 
 #include <atomic>

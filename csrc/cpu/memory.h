@@ -1,7 +1,7 @@
 // A large fresh output costs more in page faults than in arithmetic; asking for huge pages takes most of that away.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 

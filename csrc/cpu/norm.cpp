@@ -4,6 +4,8 @@
 // one channel throughout. One set of loops over patterns serves both. Of a slice of a channels-last tensor the loops see
 // one run of neighbours after the other. Sums are of the compute type within a segment, about a value of the channel
 // itself so that no digits cancel, and of float64 beyond it, in an order that the number of threads does not change.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>

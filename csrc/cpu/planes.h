@@ -4,9 +4,9 @@
 // channels_last_3d all do); what does not merge is copied once.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <type_traits>

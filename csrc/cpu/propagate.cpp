@@ -1,6 +1,6 @@
 // propagate on the CPU: the two directions of every volume in parallel, each slice as bits in the first-level cache.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,4 +1,5 @@
 // Running mean of softmax, voxel-wise entropy, and the mask of the K least uncertain voxels, on the CPU.
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <bit>

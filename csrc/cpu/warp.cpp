@@ -1,6 +1,6 @@
 // warp and warp_backward on the CPU: rows (cpu/warp_rows.h) or volumes in parallel.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // The rows of warp and warp_backward on the CPU: scattered reads in scalar loops, the arithmetic vectorised.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <algorithm>
 #include <array>

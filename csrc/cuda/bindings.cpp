@@ -1,7 +1,11 @@
 // The CUDA operators' ATen side: checks, allocation, the current stream. With a CPU build of torch and the CUDA toolkit's
 // headers it compiles as well, though nothing can run it there.
-#include <ATen/ATen.h>
 #include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
