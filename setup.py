@@ -16,16 +16,41 @@ from setuptools import setup
 
 # One source for every x86-64: csrc/cpu/multiarch.h compiles the hot loops for several instruction sets and picks one
 # when the library is loaded, so there is no -march=native and the build runs on any machine of a cluster.
-HOST_FLAGS = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+HOST_FLAGS = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 if platform.machine() in ("x86_64", "AMD64"):
     # Tunes only, the instruction sets are chosen at run time: gather instructions where there are any, and registers of
     # 512 bits, which GCC otherwise leaves alone for the sake of the first CPUs that had them.
     HOST_FLAGS += ["-mtune=skylake-avx512", "-mprefer-vector-width=512"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+COMPILER = os.environ.get("CXX", "c++").split()
 
 
 def note(text: str) -> None:
     print(f"spss_fast: {text}", file=sys.stderr)
+
+
+def compiles(source: str, *flags: str) -> bool:
+    """Whether the C++ compiler takes ``source``."""
+    command = [*COMPILER, "-x", "c++", "-std=c++20", "-fsyntax-only", *flags, "-"]
+    return subprocess.run(command, input=source, capture_output=True, text=True).returncode == 0
+
+
+def threads() -> list[str]:
+    """The flag for OpenMP, whose threads are torch's own, or none."""
+    if compiles("#include <omp.h>\nint n = omp_get_max_threads();", "-fopenmp"):
+        return ["-fopenmp"]
+    note("no OpenMP, so that the CPU operators run on one thread: for more of them install what brings omp.h for "
+         f"{COMPILER[0]} (libomp-dev for clang), or set CXX to another compiler, and install again")
+    return []
+
+
+def warn_of_one_instruction_set() -> None:
+    if platform.machine() not in ("x86_64", "AMD64") or compiles(
+        '#include "csrc/cpu/multiarch.h"\n#if !SPSS_HAS_MULTIARCH\n#error\n#endif', "-I."
+    ):
+        return
+    note(f"{COMPILER[0]} compiles the CPU operators for the oldest x86-64 alone, where they are slower: GCC 12 or "
+         "newer on Linux compiles them for AVX2 and AVX-512 too")
 
 
 def has_cuda(torch, cuda_home: str | None) -> bool:
@@ -51,9 +76,11 @@ def extension() -> dict:
     except ImportError:
         note("no torch at build time, so a pure-Python package; use pip install --no-build-isolation with torch there")
         return {}
-    if shutil.which(os.environ.get("CXX", "c++").split()[0]) is None:
+    if shutil.which(COMPILER[0]) is None:
         note("no C++ compiler, so a pure-Python package")
         return {}
+    warn_of_one_instruction_set()
+    openmp = threads()
     cuda = has_cuda(torch, CUDA_HOME)
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
     if cuda:
@@ -62,8 +89,8 @@ def extension() -> dict:
         "spss_fast._C",
         sorted(sources),
         include_dirs=[os.path.abspath("csrc"), os.path.abspath("spss_fast/ops")],
-        extra_compile_args={"cxx": HOST_FLAGS, "nvcc": CUDA_FLAGS},
-        extra_link_args=["-fopenmp"],
+        extra_compile_args={"cxx": HOST_FLAGS + openmp, "nvcc": CUDA_FLAGS},
+        extra_link_args=openmp,
     )
     return {"ext_modules": [built], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -356,13 +356,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(
   grad_n.zero_();  // of the others every voxel is written, of this only prototypes
   if (a.numel() == 0) return {loss, grad_a, grad_b, grad_n};
 
-  const auto [indices, counts] = select_prototypes(logits_n, k);
+  const auto prototypes = select_prototypes(logits_n, k);
   const Planes classes = planes(logits_a), of_a = planes(a), of_b = planes(b), of_n = planes(n);
   std::vector<int32_t> anchor_class(classes.batch * classes.voxels);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits_a.scalar_type(), "contrastive_loss",
                                   [&] { predictions<scalar_t>(classes, anchor_class.data()); });
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, a.scalar_type(), "contrastive_loss", [&] {
     using T = compute_t<scalar_t>;
+    const auto& [indices, counts] = prototypes;  // here: clang before 16 lets no lambda capture them
     Loss<T, scalar_t> job{of_a, of_b, of_n, anchor_class.data(), indices.template data_ptr<int64_t>(),
                           counts.template data_ptr<int64_t>(), classes.channels, k, static_cast<T>(temperature),
                           bidirectional, with_grad};

@@ -5,6 +5,10 @@
 // Maps lie channels last, so that a vector holds eight channels of a voxel. Blocks of tiles that fit into the second-level
 // cache go through data transform, 64 matrix products and inverse transform. The gradient of the input is the convolution
 // with the filter reversed and its channels exchanged; that of the filter is made of the adjoint transforms.
+#include "cpu/multiarch.h"
+
+#if SPSS_HAS_MULTIARCH  // for a baseline alone it would be slower than oneDNN, which compiles for the machine
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -17,12 +21,9 @@
 
 #include "checks.h"
 #include "cpu/memory.h"
-#include "cpu/multiarch.h"
 
 // Products need not be rounded before they are added.
-#if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")
-#endif
 
 #define SPSS_INLINE inline __attribute__((always_inline))
 #define SPSS_UNROLL _Pragma("GCC unroll 64")
@@ -425,11 +426,11 @@ std::tuple<at::Tensor, at::Tensor> backward(
 
 }  // namespace
 
-#if SPSS_HAS_MULTIARCH  // for a baseline alone it would be slower than oneDNN, which compiles for the machine
 TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
   m.impl("convolve", &forward);
   m.impl("convolve_backward", &backward);
 }
-#endif
 
 }  // namespace spss
+
+#endif

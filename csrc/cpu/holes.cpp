@@ -40,7 +40,7 @@ void flood(uint8_t* open, const Margin& margin, int64_t seed, std::vector<int64_
 }
 
 void fill(const uint8_t* label, uint8_t* filled, const Margin& margin, int64_t classes) {
-  const auto [height, width, depth] = margin;
+  const int64_t height = margin.height, width = margin.width, depth = margin.depth;
   std::vector<uint8_t> open(margin.size());
   std::vector<int64_t> waiting, runs, tightest;
   // of a voxel with its margin, the same voxel without

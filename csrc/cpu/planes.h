@@ -96,12 +96,31 @@ struct Chunks {
 
   template <class Body>
   void run(Body body) const {
-    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t begin = chunk % per_volume * size;
-        body(chunk, chunk / per_volume, begin, std::min(begin + size, voxels));
-      }
+    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { each(first, last, body); });
+  }
+
+  // In shares of neighbouring chunks, each by one thread: body(share, chunk, ...). What a share adds up is its own, while
+  // a thread's number may be any: at::parallel_for's threads are of this file's OpenMP, torch's of the one that torch
+  // came with.
+  int64_t shares() const { return std::min<int64_t>(at::get_num_threads(), count); }
+
+  template <class Body>
+  void run_in_shares(Body body) const {
+    const int64_t all = shares();
+    at::parallel_for(0, all, 1, [&](int64_t first, int64_t last) {
+      for (int64_t share = first; share < last; ++share)
+        each(share * count / all, (share + 1) * count / all,
+             [&](int64_t chunk, int64_t b, int64_t begin, int64_t end) { body(share, chunk, b, begin, end); });
     });
+  }
+
+ private:
+  template <class Body>
+  void each(int64_t first, int64_t last, Body body) const {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      const int64_t begin = chunk % per_volume * size;
+      body(chunk, chunk / per_volume, begin, std::min(begin + size, voxels));
+    }
   }
 };
 

@@ -99,8 +99,9 @@ void run_chains(
 Tensor propagate(
     const Tensor& labels, const Tensor& index, const Tensor& flow_up, const Tensor& flow_down, int64_t opening,
     int64_t closing, int64_t far_distance, int64_t far_iterations) {
-  const auto [batch, height, width, depth] =
+  const std::array<int64_t, 4> sides =  // clang before 16 lets no lambda capture structured bindings
       check_propagate(labels, index, flow_up, flow_down, opening, closing, far_distance, far_iterations);
+  const int64_t batch = sides[0], height = sides[1], width = sides[2], depth = sides[3];
   Tensor out = at::zeros({batch, height, width, depth}, labels.options().dtype(at::kByte));
   if (out.numel() == 0) return out;
   const Tensor starts = index.contiguous();

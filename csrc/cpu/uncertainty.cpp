@@ -70,11 +70,11 @@ SPSS_HD uint32_t digit(T value, int shift) {
   return static_cast<uint32_t>((value == value ? bits ^ flip : ~Key(0)) >> shift) & uint32_t(kBins - 1);
 }
 
-// One histogram a thread, then their sum: counts are integers, so the order of threads cannot show.
+// One histogram a share, then their sum: counts are integers, so the number of shares cannot show.
 struct Histogram {
   std::vector<uint32_t> bins;
-  Histogram() : bins(at::get_num_threads() * kBins) {}
-  uint32_t* mine() { return bins.data() + at::get_thread_num() * kBins; }
+  explicit Histogram(const Chunks& chunks) : bins(chunks.shares() * kBins) {}
+  uint32_t* of(int64_t share) { return bins.data() + share * kBins; }
   int64_t total(int64_t bin) const {
     int64_t sum = 0;
     for (size_t at = bin; at < bins.size(); at += kBins) sum += bins[at];
@@ -105,9 +105,11 @@ SPSS_MULTIARCH void entropy_rows(Rows<T> total, int64_t channels, int64_t count,
 }
 
 template <class T>
-void entropy(const Planes& total, int64_t passes, T* result, Histogram& histogram) {
-  Chunks(total.batch, total.voxels, kChunk).run([&](int64_t, int64_t b, int64_t begin, int64_t end) {
-    uint32_t* bins = histogram.mine();
+Histogram entropy(const Planes& total, int64_t passes, T* result) {
+  const Chunks chunks(total.batch, total.voxels, kChunk);
+  Histogram histogram(chunks);
+  chunks.run_in_shares([&](int64_t share, int64_t, int64_t b, int64_t begin, int64_t end) {
+    uint32_t* bins = histogram.of(share);
     std::vector<T> scratch(total.channels * kTile);
     uint16_t digits[kTile];
     for (; begin < end; begin += kTile) {
@@ -117,6 +119,7 @@ void entropy(const Planes& total, int64_t passes, T* result, Histogram& histogra
       for (int64_t i = 0; i < count; ++i) ++bins[digits[i]];
     }
   });
+  return histogram;
 }
 
 // mask = digit below `bin`; returns how many are equal to it.
@@ -148,9 +151,9 @@ void select_lowest(const T* values, int64_t count, const Histogram& top, int64_t
     }
   });
   for (int shift = kTopDigit<T> - kDigit; shift >= 0; shift -= kDigit) {
-    Histogram next;
-    chunks.run([&](int64_t chunk, int64_t, int64_t, int64_t) {
-      uint32_t* bins = next.mine();
+    Histogram next(chunks);
+    chunks.run_in_shares([&](int64_t share, int64_t chunk, int64_t, int64_t, int64_t) {
+      uint32_t* bins = next.of(share);
       for (const int64_t i : undecided[chunk]) ++bins[digit(values[i], shift)];
     });
     bin = next.find(keep);
@@ -178,9 +181,8 @@ std::tuple<at::Tensor, at::Tensor> uncertainty_mask(const at::Tensor& total, int
   if (result.numel() == 0) return {result, mask};
   const Planes in = planes(total);
   AT_DISPATCH_FLOATING_TYPES(total.scalar_type(), "uncertainty_mask", [&] {
-    Histogram histogram;
     scalar_t* values = result.data_ptr<scalar_t>();
-    entropy(in, passes, values, histogram);
+    const Histogram histogram = entropy(in, passes, values);
     const int64_t numbers = result.numel() - histogram.total(kBins - 1);  // the last bin holds NaN and nothing else
     const int64_t chosen = std::min(keep.item<int64_t>(), numbers);
     if (chosen > 0) select_lowest(values, result.numel(), histogram, chosen, mask.data_ptr<bool>());

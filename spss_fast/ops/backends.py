@@ -13,7 +13,9 @@ import contextlib
 import functools
 import importlib.util
 import os
+import platform
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -88,7 +90,7 @@ def _say(text: str) -> None:
 
 
 def _say_slow(operator: str, tensor: torch.Tensor, instead: str) -> None:
-    """Say, when it first matters, that compiled operators are missing."""
+    """Say, when it first matters, that compiled operators are missing, or not compiled for the machine."""
     if torch.compiler.is_compiling() or _preferred == "reference":
         return
     build = "`pip install --no-build-isolation .` beside an installed torch and"
@@ -98,6 +100,9 @@ def _say_slow(operator: str, tensor: torch.Tensor, instead: str) -> None:
     elif tensor.device.type == "cuda" and "cuda" in TABLE[operator].get("cuda", ()):
         _say(f"spss_fast: the CUDA operators are not built, so {operator} runs on {instead}; {build} the nvcc of "
              "torch's CUDA builds them")
+    elif _one_instruction_set and tensor.device.type == "cpu":
+        _say("spss_fast: the extension was compiled for the oldest x86-64 alone, so operators take several times as "
+             f"long on a CPU; {build} GCC 12 or newer (CXX=g++-12, say) builds them for AVX2 and AVX-512 too")
 
 
 def _has_kernel(operator: str, device: str) -> bool:
@@ -188,10 +193,10 @@ def active(operator: str, device: str) -> str:
 
 def use_reference(operator: str, tensor: torch.Tensor) -> bool:
     """Whether a public function is to call its ``reference`` rather than ``torch.ops.spss_fast.*``."""
-    slow = active(operator, tensor.device.type) == "reference"
-    if slow:
+    chosen = active(operator, tensor.device.type)
+    if chosen == "reference" or (chosen == "cpu" and _one_instruction_set):
         _say_slow(operator, tensor, "the slower reference backend")
-    return slow
+    return chosen == "reference"
 
 
 def use_host(operator: str, tensor: torch.Tensor) -> bool:
@@ -209,4 +214,9 @@ def use_host(operator: str, tensor: torch.Tensor) -> bool:
 _library = torch.library.Library("spss_fast", "FRAGMENT")
 _missing = _load_extension()  # why there are no compiled operators; None where there are
 _compiled = {pair for pair in _pairs() if _has_kernel(*pair)}
+# csrc/cpu/multiarch.h: convolve has a kernel where the compiler makes several instruction sets
+_one_instruction_set = (
+    _missing is None and (sys.platform, platform.machine()) == ("linux", "x86_64")
+    and ("convolution", "cpu") not in _compiled
+)
 _prefer(os.environ.get(VARIABLE) or None, VARIABLE)

@@ -1,7 +1,9 @@
 """The table of backends: what overrides it, and what happens without the compiled extension."""
 
 import os
+import platform
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -17,6 +19,7 @@ from spss_fast.ops import backend, backends, fill_holes, propagate, warp
 from spss_fast.ops.backends import BACKENDS, PARTS, TABLE, active, available
 
 COMPILED = "cpu" in available("warp", "cpu")
+SETUP = Path(__file__).resolve().parents[2] / "setup.py"
 IMAGE, SHIFT = torch.rand(1, 1, 3, 4), torch.rand(1, 2, 3, 4)
 
 
@@ -105,6 +108,21 @@ print(active("warp", "cpu"), u.grad.shape[1], on_import, sum("compiled extension
     assert done.stdout.split() == ["reference", "2", "0", "1"], done.stderr
 
 
+@pytest.mark.skipif(not COMPILED, reason="the compiled extension is not built")
+def test_an_extension_for_the_oldest_x86_64_alone_says_so_once(monkeypatch):
+    monkeypatch.setattr(backends, "_one_instruction_set", True)
+    backends._say.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with backend("reference"):
+            warp(IMAGE, SHIFT)
+        assert not caught  # it was asked for
+        warp(IMAGE, SHIFT)
+        warp(IMAGE, SHIFT)
+    backends._say.cache_clear()
+    assert ["several times as long on a CPU" in str(said.message) for said in caught] == [True]
+
+
 class Devices(TorchDispatchMode):
     """Notes on which device each operator of the package runs."""
 
@@ -162,13 +180,35 @@ def test_without_the_cuda_operators_holes_are_filled_in_copies_on_the_host(witho
 @pytest.mark.parametrize("home", [None, "/nowhere"])
 def test_the_build_says_that_it_leaves_the_cuda_operators_out(home, monkeypatch, capsys):
     monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    has_cuda = runpy.run_path(str(Path(__file__).resolve().parents[2] / "setup.py"))["has_cuda"]
+    has_cuda = runpy.run_path(str(SETUP))["has_cuda"]
     capsys.readouterr()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert not has_cuda(torch, home) and capsys.readouterr().err == ""  # a CPU build of torch: nothing is missing
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert not has_cuda(torch, home)
     assert "CUDA operators left out: no nvcc; put that of CUDA 13.0 on PATH" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64")
+def test_the_build_says_what_a_compiler_costs(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.chdir(SETUP.parent)
+
+    def noted(compiler: str) -> tuple[list[str], str]:
+        monkeypatch.setenv("CXX", compiler)
+        build = runpy.run_path(str(SETUP))
+        capsys.readouterr()
+        build["warn_of_one_instruction_set"]()
+        return build["threads"](), capsys.readouterr().err
+
+    without_openmp = tmp_path / "c++"
+    without_openmp.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1 ;; esac\nexec g++ "$@"\n')
+    without_openmp.chmod(0o755)
+    flags, said = noted(str(without_openmp))
+    assert flags == [] and f"no OpenMP, so that the CPU operators run on one thread: for more of them install what " \
+        f"brings omp.h for {without_openmp}" in said
+    flags, said = noted("g++ -U__GNUC__ -D__GNUC__=11")
+    assert flags == ["-fopenmp"] and "g++ compiles the CPU operators for the oldest x86-64 alone" in said
 
 
 @pytest.mark.skipif(not COMPILED, reason="the compiled extension is not built")
