@@ -44,13 +44,13 @@ def threads() -> list[str]:
     return []
 
 
-def warn_of_one_instruction_set() -> None:
+def warn_of_slow_code() -> None:
     if platform.machine() not in ("x86_64", "AMD64") or compiles(
-        '#include "csrc/cpu/multiarch.h"\n#if !SPSS_HAS_MULTIARCH\n#error\n#endif', "-I."
+        '#include "csrc/cpu/multiarch.h"\n#if !SPSS_HAS_FMA\n#error\n#endif', "-I."
     ):
         return
-    note(f"{COMPILER[0]} compiles the CPU operators for the oldest x86-64 alone, where they are slower: GCC 12 or "
-         "newer on Linux compiles them for AVX2 and AVX-512 too")
+    note(f"{COMPILER[0]} compiles the CPU operators without FMA and AVX-512: GCC 12 or newer on Linux makes faster "
+         "ones")
 
 
 def has_cuda(torch, cuda_home: str | None) -> bool:
@@ -79,7 +79,7 @@ def extension() -> dict:
     if shutil.which(COMPILER[0]) is None:
         note("no C++ compiler, so a pure-Python package")
         return {}
-    warn_of_one_instruction_set()
+    warn_of_slow_code()
     openmp = threads()
     cuda = has_cuda(torch, CUDA_HOME)
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")

@@ -15,7 +15,8 @@
 #include "cpu/multiarch.h"
 
 // Nothing here depends on products being rounded before they are added, and exp and log gain a third from not doing so.
-#if defined(__GNUC__) && !defined(__clang__)
+// GCC 11 forgets the command line over this pragma, and vectorises nothing more.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #pragma GCC optimize("fp-contract=fast")
 #endif
 #include "math/softmax.h"

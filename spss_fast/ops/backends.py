@@ -100,9 +100,9 @@ def _say_slow(operator: str, tensor: torch.Tensor, instead: str) -> None:
     elif tensor.device.type == "cuda" and "cuda" in TABLE[operator].get("cuda", ()):
         _say(f"spss_fast: the CUDA operators are not built, so {operator} runs on {instead}; {build} the nvcc of "
              "torch's CUDA builds them")
-    elif _one_instruction_set and tensor.device.type == "cpu":
-        _say("spss_fast: the extension was compiled for the oldest x86-64 alone, so operators take several times as "
-             f"long on a CPU; {build} GCC 12 or newer (CXX=g++-12, say) builds them for AVX2 and AVX-512 too")
+    elif _without_fma and tensor.device.type == "cpu":
+        _say("spss_fast: the extension was compiled without FMA and AVX-512, so operators on a CPU can take up to "
+             f"three times as long; {build} GCC 12 or newer (CXX=g++-12, say) builds them with both")
 
 
 def _has_kernel(operator: str, device: str) -> bool:
@@ -194,7 +194,7 @@ def active(operator: str, device: str) -> str:
 def use_reference(operator: str, tensor: torch.Tensor) -> bool:
     """Whether a public function is to call its ``reference`` rather than ``torch.ops.spss_fast.*``."""
     chosen = active(operator, tensor.device.type)
-    if chosen == "reference" or (chosen == "cpu" and _one_instruction_set):
+    if chosen == "reference" or (chosen == "cpu" and _without_fma):
         _say_slow(operator, tensor, "the slower reference backend")
     return chosen == "reference"
 
@@ -214,8 +214,8 @@ def use_host(operator: str, tensor: torch.Tensor) -> bool:
 _library = torch.library.Library("spss_fast", "FRAGMENT")
 _missing = _load_extension()  # why there are no compiled operators; None where there are
 _compiled = {pair for pair in _pairs() if _has_kernel(*pair)}
-# csrc/cpu/multiarch.h: convolve has a kernel where the compiler makes several instruction sets
-_one_instruction_set = (
+# csrc/cpu/multiarch.h: convolve has a kernel where the compiler makes code for FMA and AVX-512, for CPUs that have them
+_without_fma = (
     _missing is None and (sys.platform, platform.machine()) == ("linux", "x86_64")
     and ("convolution", "cpu") not in _compiled
 )

@@ -12,7 +12,7 @@ from spss_fast.ops.convolution import is_faster
 
 COMPILED = pytest.mark.skipif(
     "cpu" not in available("convolution", "cpu"),
-    reason="the extension is not built, or by a compiler that makes one instruction set only",
+    reason="the extension is not built, or by a compiler that makes no code for FMA",
 )
 
 
