@@ -22,7 +22,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     # 512 bits, which GCC otherwise leaves alone for the sake of the first CPUs that had them.
     HOST_FLAGS += ["-mtune=skylake-avx512", "-mprefer-vector-width=512"]
 CUDA_FLAGS = ["-O3", "-std=c++17", "--expt-relaxed-constexpr"]
-COMPILER = os.environ.get("CXX", "c++").split()
+COMPILER = (os.environ.get("CXX") or "c++").split()
 
 
 def note(text: str) -> None:

@@ -98,7 +98,7 @@ def suggest(
         export_case(out, case, item)
         listed.append(item)
         write_table(out, listed)
-        say(console, f"{item.case}: slice {item.slice} along axis {'xyz'[item.axis]}")
+        say(console, f"{item.case}: slice {item.slice} of the scan along axis {'xyz'[item.axis]}, counted from 0")
     write_readme(out, listed)
     then = cli.command_line("prepare", "--data-dir", settings.data_dir, "--annotations", out)
     say(console, f"annotate one slice in each of the {len(listed)} folders of {out} (README.txt there says how), "

@@ -128,7 +128,7 @@ def test_a_folder_to_annotate_in(tmp_path, capsys):
         source = sitk.ReadImage(str(tmp_path / "la" / item.case / "lgemri.nrrd"))
         check_case(out, item, source)
         assert item.axis == 2 and abs(item.slice - 11.5) < 4
-        assert f"{item.case}: slice {item.slice} along axis z" in shown
+        assert f"{item.case}: slice {item.slice} of the scan along axis z, counted from 0" in shown
         middle = sitk.ReadImage(str(out / item.case / "image.nii.gz")).GetSize()[2] // 2
         assert f"{item.case}: Red (axial) view; in ITK-SNAP z = {middle + 1}" in readme
 

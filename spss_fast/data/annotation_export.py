@@ -94,7 +94,8 @@ Then module Segmentations, Export/import models and labelmaps: Export, Labelmap,
 with only {annotation} ticked.
 
 ITK-SNAP: open workspace.itksnap. It opens on the slice, which the number below names (as cursor position, counted from
-1) and a note marks (to come back to it: annotation mode, next annotation). Paint with label 1; Segmentation > Save.
+1, padding included) and a note marks (to come back to it: annotation mode, next annotation). Paint with label 1;
+Segmentation > Save.
 
 Every scan is padded at one end so that the suggested slice is its middle one, where other viewers open it too. What is
 beyond the scan's end is of one value; nothing is to be annotated there.
