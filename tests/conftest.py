@@ -1,5 +1,6 @@
 """What tests share: the folder of real scans and reference vectors beside the checkout, where there is one."""
 
+import contextlib
 import locale
 import os
 from pathlib import Path
@@ -10,6 +11,15 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: its kernels then run on CPU tensors
+
+with contextlib.suppress(ImportError):  # the modules that use it say that it is missing
+    import hypothesis
+
+    # how fast a machine is, or an emulator, is nothing that a test should find
+    hypothesis.settings.register_profile(
+        "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("any machine")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -88,7 +88,7 @@ def test_equals_the_n_by_n_formulation():
         torch.testing.assert_close(grad, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(0, 30), st.booleans())
 def test_does_not_depend_on_the_order_of_voxels(each_backend, seed, classes, k, bidirectional):
     features, logits = case(seed, classes=classes)
@@ -108,7 +108,7 @@ def test_does_not_depend_on_the_order_of_voxels(each_backend, seed, classes, k, 
         torch.testing.assert_close(shuffle(grad), of_shuffled, rtol=1e-4, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.floats(0.01, 100))
 def test_does_not_depend_on_the_length_of_features(each_backend, seed, factor):
     features, logits = case(seed)

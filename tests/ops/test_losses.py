@@ -65,7 +65,7 @@ def test_dice_is_the_mean_over_classes(classes):
     torch.testing.assert_close((masked, whole, foreground), expected, rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.sampled_from(["probabilities", "logits"]))
 def test_do_not_depend_on_the_order_of_voxels(each_backend, seed, classes, ce_input):
     logits, target, mask, weight = case(seed, (2, classes, 300))
@@ -79,7 +79,7 @@ def test_do_not_depend_on_the_order_of_voxels(each_backend, seed, classes, ce_in
             torch.testing.assert_close(grad[..., order], of_moved, rtol=1e-4, atol=1e-7)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.floats(-20, 20))
 def test_do_not_depend_on_a_shift_of_all_logits(each_backend, seed, shift):
     logits, target, mask, weight = case(seed)

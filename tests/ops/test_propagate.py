@@ -34,7 +34,7 @@ def largest(mask):
     return names == 1 + np.argmax(np.bincount(names.ravel())[1:]) if count else mask
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.integers(1, 40), st.integers(1, 70), st.floats(0, 1), st.integers(0, 2**31), st.integers(0, 4), st.integers(0, 4)
 )
@@ -92,7 +92,7 @@ def test_a_spiral_is_one_component(name):
     assert torch.equal(out[..., 0], torch.stack([spiral, comb]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 12), st.data())
 def test_mirrored_volumes_give_mirrored_labels(depth, data):
     index = data.draw(st.integers(0, depth - 1))

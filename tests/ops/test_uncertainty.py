@@ -100,7 +100,7 @@ def test_a_total_of_any_strides_is_written_in_place():
     assert not storage[..., 1::2].any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_masks_are_nested_and_exact(each_backend, data):
     seed = data.draw(st.integers(0, 2**32 - 1))
@@ -121,7 +121,7 @@ def test_masks_are_nested_and_exact(each_backend, data):
         assert not (smaller & ~larger).any()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.floats(width=32, allow_infinity=False), min_size=1, max_size=300), st.integers(0, 300))
 def test_selection_orders_all_floats(each_backend, values, keep):
     """Through one channel, -p log(p + 1e-6) takes either sign and NaN; the choice follows the entropies returned."""
