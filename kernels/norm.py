@@ -2,8 +2,8 @@
 
 The functions have the signatures of ``torch.ops.spss_fast.*``: spss_fast/ops/norm.py. A tile is rows of voxels times
 columns of channels, which suits channels last and contiguous tensors alike. A program adds its tiles up place by place
-in the compute type, about a value of the channel itself so that no digits cancel; sums over programs are float64, in a
-fixed order.
+in the compute type, about a mean of a few of the channel's own values so that no digits cancel; sums over programs are
+float64, in a fixed order.
 """
 
 from __future__ import annotations
@@ -71,17 +71,25 @@ def _add_up(partial, parts, c, channels, ROWS: tl.constexpr, COLUMNS: tl.constex
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
+@triton.jit
+def _center(x, c, voxels, x_c, x_v: tl.constexpr, channels: tl.constexpr, WIDE: tl.constexpr):
+    """The mean of a few of each channel's values: one alone may be far off all others."""
+    row = (2 * tl.arange(0, 16) + 1).to(tl.int64) * voxels // 32
+    few = tl.load(x + _at(0, row, c, 0, x_c, x_v), (c < channels)[None, :], 0.0).to(WIDE)
+    return tl.sum(few, 0) / 16
+
+
 @triton.jit(do_not_specialize=["tiles"])
 def _moments(
     x, partial, voxels, tiles, x_b, x_c, x_v: tl.constexpr, channels: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    """Sums of x and of its square, about the channel's first value."""
+    """Sums of x and of its square, about ``_center``."""
     batch, chunk = _chunk_of(voxels, tiles, ROWS)
     first = tl.zeros([ROWS, COLUMNS], WIDE)
     second = tl.zeros([ROWS, COLUMNS], WIDE)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    center = tl.load(x + c.to(tl.int64) * x_c, c < channels, 0.0).to(WIDE)
+    center = _center(x, c, voxels, x_c, x_v, channels, WIDE)
     for tile in range(tiles):
         row, c, inside = _tile(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
         value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
@@ -91,14 +99,14 @@ def _moments(
     _store_sums(partial, first, second, c, channels)
 
 
-@triton.jit(do_not_specialize=["parts", "count"])
+@triton.jit(do_not_specialize=["parts", "count", "voxels"])
 def _statistics(
-    x, partial, mean, variance, parts, count, x_c, channels: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    x, partial, mean, variance, parts, count, voxels, x_c, x_v: tl.constexpr, channels: tl.constexpr,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     first, second = _add_up(partial, parts, c, channels, ROWS, COLUMNS)
-    center = tl.load(x + c.to(tl.int64) * x_c, c < channels, 0.0).to(WIDE)
+    center = _center(x, c, voxels, x_c, x_v, channels, WIDE)
     shift = first / tl.cast(count, tl.float64)
     spread = second / tl.cast(count, tl.float64) - shift * shift
     tl.store(mean + c, (center.to(tl.float64) + shift).to(WIDE), c < channels)
@@ -227,7 +235,8 @@ def batch_norm_relu(
         mean, variance = (torch.empty(x.shape[1], dtype=run.wide, device=x.device) for _ in range(2))
         _moments[run.sums](source, run.partial, run.voxels, run.tiles, *source.stride(), **run.shape)
         _statistics[run.narrow](
-            source, run.partial, mean, variance, run.parts, run.count, source.stride(1), **run.narrow_shape
+            source, run.partial, mean, variance, run.parts, run.count, run.voxels, *source.stride()[1:],
+            **run.narrow_shape,
         )
     else:
         mean, variance = mean.contiguous().clone(), variance.contiguous().clone()

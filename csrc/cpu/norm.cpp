@@ -2,11 +2,11 @@
 //
 // A tensor is cut into segments whose channels follow a pattern: channels last, a row of channels repeated; contiguous,
 // one channel throughout. One set of loops over patterns serves both. Of a slice of a channels-last tensor the loops see
-// one run of neighbours after the other. Sums are of the compute type within a segment, about a value of the channel
-// itself so that no digits cancel, and of float64 beyond it, in an order that the number of threads does not change.
+// one run of neighbours after the other. Sums are of the compute type within a segment, about a mean of a few of the
+// channel's own values so that no digits cancel, and of float64 beyond it, in an order that the number of threads does
+// not change.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
@@ -14,6 +14,7 @@
 
 #include "checks.h"
 #include "cpu/memory.h"
+#include "cpu/operators.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -270,6 +271,21 @@ at::Tensor tensor_of(const std::vector<double>& values, const at::TensorOptions&
   return out;
 }
 
+// The mean of a few of each channel's values, those along the tensor's diagonal: one alone may be far off all others.
+template <class T, class scalar_t>
+std::vector<T> centers(const at::Tensor& x) {
+  constexpr int64_t kFew = 16;
+  const scalar_t* data = x.data_ptr<scalar_t>();
+  std::vector<T> out(x.size(1));
+  for (int64_t i = 0; i < kFew; ++i) {
+    int64_t at = 0;
+    for (int64_t d = 0; d < x.dim(); ++d)
+      if (d != 1) at += (2 * i + 1) * x.size(d) / (2 * kFew) * x.stride(d);
+    for (int64_t c = 0; c < x.size(1); ++c) out[c] += load<T>(data[at + c * x.stride(1)]) / kFew;
+  }
+  return out;
+}
+
 // Mean and biased variance per channel.
 template <class T, class scalar_t>
 void moments(const at::Tensor& x, const Segments& segments, std::vector<double>& mean,
@@ -277,8 +293,7 @@ void moments(const at::Tensor& x, const Segments& segments, std::vector<double>&
   const int64_t channels = segments.channels;
   const Runs runs(x, segments.last);
   const scalar_t* data = x.data_ptr<scalar_t>();
-  std::vector<T> center(channels);
-  for (int64_t c = 0; c < channels; ++c) center[c] = static_cast<T>(data[c * x.stride(1)]);
+  const std::vector<T> center = centers<T, scalar_t>(x);
   std::vector<double> partial(segments.count * 2 * channels);
   segments.run([&](int64_t i, const Segment& segment) {
     std::vector<T> work = segments.lay_out(segment, {&center}, 2);
@@ -315,6 +330,8 @@ struct Affine {
     }
   }
 };
+
+}  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu(
     const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
@@ -403,13 +420,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
     });
   }
   return {dx, tensor_of(dweight, weight.options()), tensor_of(dbias, bias.options())};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
-  m.impl("batch_norm_relu", &batch_norm_relu);
-  m.impl("batch_norm_relu_backward", &batch_norm_relu_backward);
 }
 
 }  // namespace spss

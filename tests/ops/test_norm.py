@@ -71,6 +71,20 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(memory_format):
     assert y.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_a_first_voxel_far_off_all_others_costs_no_digits(name, memory_format):
+    x = torch.randn(2, 8, 16, 16, 16)
+    x[0, :, 0, 0, 0] = 100
+    wide = x.double().movedim(1, 0).flatten(1)
+    x = x.to(DEVICE).contiguous(memory_format=memory_format)
+    mean, variance = torch.zeros(8, device=DEVICE), torch.zeros(8, device=DEVICE)
+    with backend(name) if name else contextlib.nullcontext():
+        batch_norm_relu(x, torch.ones(8, device=DEVICE), torch.ones(8, device=DEVICE), mean, variance, True, 1.0)
+    torch.testing.assert_close(variance.double().cpu(), wide.var(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.double().cpu(), wide.mean(1), rtol=0, atol=2e-6)
+
+
 def last(*shape):
     """Channels last, in any number of dimensions; ``shape`` names them last, too."""
     return torch.randn(shape, device=DEVICE).movedim(-1, 1)
