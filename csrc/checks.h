@@ -51,7 +51,8 @@ inline std::array<int64_t, 4> check_propagate(
   TORCH_CHECK_VALUE(labels.dim() == 3, "labels must be (B, H, W), not ", labels.sizes());
   TORCH_CHECK_VALUE(flow_up.dim() == 5, "flow_up must be (B, D - 1, 2, H, W), not ", flow_up.sizes());
   const int64_t batch = labels.size(0), height = labels.size(1), width = labels.size(2), depth = flow_up.size(1) + 1;
-  const std::vector<int64_t> wanted{batch, depth - 1, 2, height, width};
+  const std::array<int64_t, 5> shape{batch, depth - 1, 2, height, width};
+  const at::IntArrayRef wanted = shape;
   TORCH_CHECK_VALUE(flow_up.sizes() == wanted, "flow_up must be ", wanted, " for these labels, not ", flow_up.sizes());
   TORCH_CHECK_VALUE(flow_down.sizes() == wanted, "flow_down must be ", wanted, ", as flow_up, not ", flow_down.sizes());
   TORCH_CHECK_TYPE(flow_down.scalar_type() == flow_up.scalar_type(), "flow_down must be of flow_up's dtype");
@@ -76,11 +77,12 @@ inline void check_maps(const Tensor& tensor, const char* name) {
 // (B, *spatial) of the maps' sizes where `channels` is 0, else (B, channels, *spatial).
 inline void check_goes_with(
     const Tensor& tensor, const char* name, const Tensor& maps, const char* source, int64_t channels = 0) {
-  std::vector<int64_t> wanted = maps.sizes().vec();
+  std::vector<int64_t> shape = maps.sizes().vec();
   if (channels > 0)
-    wanted[1] = channels;
+    shape[1] = channels;
   else
-    wanted.erase(wanted.begin() + 1);
+    shape.erase(shape.begin() + 1);
+  const at::IntArrayRef wanted = shape;
   TORCH_CHECK_VALUE(
       tensor.sizes() == wanted, name, " must be of shape ", wanted, " for this ", source, ", not ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == maps.device(), name, " must be on ", source, "'s device");
@@ -175,7 +177,9 @@ inline void check_convolve(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(
       channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0,
       "x must have 8, 16, 32, 64 or 128 channels, not ", channels);
-  const std::vector<int64_t> wanted{channels, channels, 3, 3, 3};
+  TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0, "x must have voxels, not be ", x.sizes());
+  const std::array<int64_t, 5> shape{channels, channels, 3, 3, 3};
+  const at::IntArrayRef wanted = shape;
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
   TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");

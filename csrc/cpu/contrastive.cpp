@@ -8,11 +8,11 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <numeric>
 
 #include "checks.h"
+#include "cpu/operators.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -71,6 +71,8 @@ void confidences(const Planes& logits, float* confidence, int32_t* predicted) {
   });
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> select_prototypes(const at::Tensor& logits, int64_t k) {
   check_select_prototypes(logits, k);
   const Planes in = planes(logits);
@@ -101,6 +103,8 @@ std::tuple<at::Tensor, at::Tensor> select_prototypes(const at::Tensor& logits, i
     }
   return {indices, counts};
 }
+
+namespace {
 
 // rows[place[i]] = features of voxel i: sixteen features at a time, so that either layout moves whole cache lines.
 template <class T, class scalar_t>
@@ -342,7 +346,8 @@ struct Loss {
   }
 };
 
-// Gradients of the features are those of the loss itself (upstream 1), of the compute type, in the features' layout.
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(
     const at::Tensor& a, const at::Tensor& b, const at::Tensor& n, const at::Tensor& logits_a,
     const at::Tensor& logits_n, int64_t k, double temperature, bool bidirectional, bool with_grad) {
@@ -380,13 +385,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> contrastive_loss(
     loss.fill_(sum / (of_a.batch * of_a.voxels));
   });
   return {loss, grad_a, grad_b, grad_n};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
-  m.impl("select_prototypes", &select_prototypes);
-  m.impl("contrastive_loss", &contrastive_loss);
 }
 
 }  // namespace spss

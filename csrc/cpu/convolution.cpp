@@ -13,7 +13,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <type_traits>
@@ -21,6 +20,7 @@
 
 #include "checks.h"
 #include "cpu/memory.h"
+#include "cpu/operators.h"
 
 // Products need not be rounded before they are added.
 #pragma GCC optimize("fp-contract=fast")
@@ -331,7 +331,7 @@ at::Tensor transformed(const at::Tensor& taps, bool reversed) {
 }
 
 template <int C>
-at::Tensor convolve(const at::Tensor& x, const at::Tensor& filter) {
+at::Tensor filtered(const at::Tensor& x, const at::Tensor& filter) {
   at::Tensor y = with_huge_pages(at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast3d)));
   const Tiles tiles(x);
   const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles);
@@ -398,15 +398,17 @@ auto with_channels(int64_t channels, Body body) {
 
 at::Tensor in_order(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast3d); }
 
-at::Tensor forward(const at::Tensor& x, const at::Tensor& weight) {
+}  // namespace
+
+at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve(x, weight);
   return with_channels(x.size(1), [&](auto C) {
     const at::Tensor taps = weight.permute({1, 2, 3, 4, 0}).contiguous();  // inputs, taps, outputs
-    return convolve<C()>(in_order(x), transformed<C()>(taps, false));
+    return filtered<C()>(in_order(x), transformed<C()>(taps, false));
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(
+std::tuple<at::Tensor, at::Tensor> convolve_backward(
     const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   check_convolve(x, weight);
   TORCH_CHECK_VALUE(grad_.sizes() == x.sizes() && grad_.scalar_type() == x.scalar_type(),
@@ -415,20 +417,13 @@ std::tuple<at::Tensor, at::Tensor> backward(
   at::Tensor dx = at::empty({0}, x.options()), dweight = at::empty({0}, x.options());
   with_channels(x.size(1), [&](auto C) {
     const at::Tensor taps = weight.permute({0, 2, 3, 4, 1}).contiguous();  // outputs, taps, inputs
-    if (x_grad) dx = convolve<C()>(grad, transformed<C()>(taps, true));
+    if (x_grad) dx = filtered<C()>(grad, transformed<C()>(taps, true));
     if (weight_grad) {
       const at::Tensor of_taps = filter_gradient<C()>(grad, in_order(x)).view({C(), 3, 3, 3, C()});
       dweight = at::empty_like(weight).copy_(of_taps.permute({4, 0, 1, 2, 3}));
     }
   });
   return {dx, dweight};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
-  m.impl("convolve", &forward);
-  m.impl("convolve_backward", &backward);
 }
 
 }  // namespace spss

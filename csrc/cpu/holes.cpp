@@ -1,11 +1,11 @@
 // Hole filling: a flood from outside through all that is not of a class leaves what the class encloses.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <limits>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/operators.h"
 
 namespace spss {
 namespace {
@@ -82,6 +82,8 @@ void fill(const uint8_t* label, uint8_t* filled, const Margin& margin, int64_t c
   }
 }
 
+}  // namespace
+
 Tensor fill_holes(const Tensor& labels, int64_t classes) {
   check_fill_holes(labels, classes);
   const Tensor given = labels.contiguous();
@@ -96,9 +98,5 @@ Tensor fill_holes(const Tensor& labels, int64_t classes) {
   });
   return filled;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, library) { library.impl("fill_holes", &fill_holes); }
 
 }  // namespace spss

@@ -4,12 +4,12 @@
 // Sums are of the compute type within a tile of 256 voxels, of float64 beyond it.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/tensor.h>
-#include <torch/library.h>
 
 #include <atomic>
 
 #include "checks.h"
 #include "cpu/memory.h"
+#include "cpu/operators.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -210,7 +210,9 @@ at::Tensor backward(const at::Tensor& logits, const at::Tensor& target, const at
   return grad;
 }
 
-// sums of masked_ce_dice: (B, 2), then (C, 4). CE runs over the mask of the whole batch.
+}  // namespace
+
+// CE runs over the mask of the whole batch.
 std::tuple<at::Tensor, at::Tensor> masked_ce_dice(const at::Tensor& logits, const at::Tensor& target,
                                                   const at::Tensor& mask, bool on_probabilities) {
   check_ce_dice(logits, target, mask, true);
@@ -244,13 +246,17 @@ at::Tensor masked_ce_dice_backward(const at::Tensor& grad, const at::Tensor& log
   return backward<true, bool>(logits, target, mask, slopes, on_probabilities);
 }
 
-// sums of weighted_ce_dice: the same layout, its weighted Dice columns unused.
+namespace {
+
 template <class Body>
 auto with_weight_type(const at::Tensor& logits, const at::Tensor& weight, Body body) {
   return compute_type(logits) == at::kDouble ? body(weight.to(at::kDouble), double())
                                              : body(weight.to(at::kFloat), float());
 }
 
+}  // namespace
+
+// The weighted Dice columns of the sums are unused.
 std::tuple<at::Tensor, at::Tensor> weighted_ce_dice(const at::Tensor& logits, const at::Tensor& target,
                                                     const at::Tensor& weight) {
   check_ce_dice(logits, target, weight, false);
@@ -282,15 +288,6 @@ at::Tensor weighted_ce_dice_backward(const at::Tensor& grad, const at::Tensor& l
   return with_weight_type(logits, weight, [&](const at::Tensor& w, auto kind) {
     return backward<false, decltype(kind)>(logits, target, w, slopes, false);
   });
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
-  m.impl("masked_ce_dice", &masked_ce_dice);
-  m.impl("masked_ce_dice_backward", &masked_ce_dice_backward);
-  m.impl("weighted_ce_dice", &weighted_ce_dice);
-  m.impl("weighted_ce_dice_backward", &weighted_ce_dice_backward);
 }
 
 }  // namespace spss

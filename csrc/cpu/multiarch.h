@@ -4,12 +4,14 @@
 // vectorised, where that would mean slow gather instructions.
 #pragma once
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
 #define SPSS_MULTIARCH __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define SPSS_HAS_FMA 1
-#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#else
 #define SPSS_MULTIARCH __attribute__((target_clones("default", "avx2")))  // no levels yet: neither FMA nor AVX-512
 #define SPSS_HAS_FMA 0
+#endif
 #else
 #define SPSS_MULTIARCH
 #define SPSS_HAS_FMA 0

@@ -97,7 +97,7 @@ struct Chunks {
 
   template <class Body>
   void run(Body body) const {
-    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { each(first, last, body); });
+    run_in_shares([&](int64_t, auto... place) { body(place...); });
   }
 
   // In shares of neighbouring chunks, each by one thread: body(share, chunk, ...). What a share adds up is its own, while
@@ -110,18 +110,11 @@ struct Chunks {
     const int64_t all = shares();
     at::parallel_for(0, all, 1, [&](int64_t first, int64_t last) {
       for (int64_t share = first; share < last; ++share)
-        each(share * count / all, (share + 1) * count / all,
-             [&](int64_t chunk, int64_t b, int64_t begin, int64_t end) { body(share, chunk, b, begin, end); });
+        for (int64_t chunk = share * count / all; chunk < (share + 1) * count / all; ++chunk) {
+          const int64_t begin = chunk % per_volume * size;
+          body(share, chunk, chunk / per_volume, begin, std::min(begin + size, voxels));
+        }
     });
-  }
-
- private:
-  template <class Body>
-  void each(int64_t first, int64_t last, Body body) const {
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t begin = chunk % per_volume * size;
-      body(chunk, chunk / per_volume, begin, std::min(begin + size, voxels));
-    }
   }
 };
 

@@ -1,13 +1,13 @@
 // propagate on the CPU: the two directions of every volume in parallel, each slice as bits in the first-level cache.
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/multiarch.h"
+#include "cpu/operators.h"
 #include "math/propagate.h"
 
 namespace spss {
@@ -96,6 +96,8 @@ void run_chains(
   });
 }
 
+}  // namespace
+
 Tensor propagate(
     const Tensor& labels, const Tensor& index, const Tensor& flow_up, const Tensor& flow_down, int64_t opening,
     int64_t closing, int64_t far_distance, int64_t far_iterations) {
@@ -145,9 +147,5 @@ Tensor propagate(
   });
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, library) { library.impl("propagate", &propagate); }
 
 }  // namespace spss

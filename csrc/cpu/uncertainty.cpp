@@ -1,12 +1,12 @@
 // Running mean of softmax, voxel-wise entropy, and the mask of the K least uncertain voxels, on the CPU.
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <bit>
 #include <cstring>
 
 #include "checks.h"
 #include "cpu/memory.h"
+#include "cpu/operators.h"
 #include "cpu/planes.h"
 
 namespace spss {
@@ -48,6 +48,8 @@ void accumulate(const Planes& total, const Planes& logits) {
   });
 }
 
+}  // namespace
+
 void accumulate_softmax(at::Tensor& total, const at::Tensor& logits) {
   check_accumulate_softmax(total, logits);
   if (logits.numel() == 0) return;
@@ -57,6 +59,8 @@ void accumulate_softmax(at::Tensor& total, const at::Tensor& logits) {
                                     [&] { accumulate<compute_t<scalar_t>, scalar_t>(sum, in); });
   });
 }
+
+namespace {
 
 constexpr int kDigit = 16;
 constexpr int64_t kBins = int64_t(1) << kDigit;
@@ -172,6 +176,8 @@ void select_lowest(const T* values, int64_t count, const Histogram& top, int64_t
       if (keep-- > 0) mask[i] = true;
 }
 
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor> uncertainty_mask(const at::Tensor& total, int64_t passes, const at::Tensor& keep) {
   check_uncertainty_mask(total, passes, keep);
   auto shape = total.sizes().vec();
@@ -189,13 +195,6 @@ std::tuple<at::Tensor, at::Tensor> uncertainty_mask(const at::Tensor& total, int
     else mask.zero_();
   });
   return {result, mask};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, m) {
-  m.impl("accumulate_softmax", &accumulate_softmax);
-  m.impl("uncertainty_mask", &uncertainty_mask);
 }
 
 }  // namespace spss

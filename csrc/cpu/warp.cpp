@@ -1,7 +1,6 @@
 // warp and warp_backward on the CPU: rows (cpu/warp_rows.h) or volumes in parallel.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
@@ -9,6 +8,7 @@
 
 #include "checks.h"
 #include "cpu/memory.h"
+#include "cpu/operators.h"
 #include "cpu/warp_rows.h"
 
 namespace spss {
@@ -27,11 +27,11 @@ void choose(const Tensor& image, std::string_view mode, std::string_view padding
     else
       run(border, nearest, zero, index, std::integral_constant<int, 3>());
   };
-  const auto index = [&](auto border, auto nearest, auto zero) {
-    wide ? dimensions(border, nearest, zero, int64_t()) : dimensions(border, nearest, zero, int32_t());
-  };
   const auto dtype = [&](auto border, auto nearest) {
-    image.scalar_type() == at::kDouble ? index(border, nearest, double()) : index(border, nearest, float());
+    if (image.scalar_type() == at::kDouble)
+      dimensions(border, nearest, double(), int64_t());  // as wide as its indices either way
+    else
+      wide ? dimensions(border, nearest, float(), int64_t()) : dimensions(border, nearest, float(), int32_t());
   };
   const auto modes = [&](auto border) {
     mode == "nearest" ? dtype(border, std::true_type()) : dtype(border, std::false_type());
@@ -45,6 +45,8 @@ Tensor widened(const Tensor& tensor) {
 }
 
 constexpr int64_t kGrain = 4096;  // voxels below which a thread is not worth waking
+
+}  // namespace
 
 Tensor warp(const Tensor& image, const Tensor& displacement, std::string_view mode, std::string_view padding) {
   check_warp(image, displacement, mode, padding);
@@ -129,13 +131,6 @@ std::tuple<Tensor, Tensor> warp_backward(
     });
   }
   return {for_image.to(image.scalar_type()), for_displacement};
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(spss_fast, CPU, library) {
-  library.impl("warp", &warp);
-  library.impl("warp_backward", &warp_backward);
 }
 
 }  // namespace spss

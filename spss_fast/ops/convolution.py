@@ -40,6 +40,8 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     checks.is_tensor("weight", weight, torch.float32)
     if x.ndim != 5 or x.shape[1] not in CHANNELS:
         raise ValueError(f"x must be (B, C, H, W, D) with C of {CHANNELS}, not of shape {tuple(x.shape)}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have voxels, not be of shape {tuple(x.shape)}")
     checks.has_shape("weight", weight, (x.shape[1], x.shape[1], 3, 3, 3), "x", x)
     if backends.use_reference("convolution", x):
         with torch.autocast(x.device.type, enabled=False):

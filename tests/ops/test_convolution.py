@@ -83,6 +83,7 @@ def test_refuses_what_it_does_not_compute():
         ((x, weight.half()), TypeError, "weight must be float32"),
         ((x[:, :7], weight), ValueError, "x must be"),
         ((x[0], weight), ValueError, "x must be"),
+        ((x[..., :0], weight), ValueError, "x must have voxels"),
         ((x, weight[:, :4]), ValueError, "weight must be"),
     ):
         with pytest.raises(error, match=message):
@@ -93,6 +94,10 @@ def test_refuses_what_it_does_not_compute():
 def test_the_kernel_refuses_what_it_does_not_compute():
     with pytest.raises(TypeError, match="x must be float32"):
         torch.ops.spss_fast.convolve(torch.zeros(1, 8, 4, 4, 4).double(), torch.zeros(8, 8, 3, 3, 3).double())
+    for axis in (2, 3, 4):
+        x = torch.zeros(1, 8, 4, 4, 4).narrow(axis, 0, 0)
+        with pytest.raises(ValueError, match="x must have voxels"):
+            torch.ops.spss_fast.convolve(x, torch.zeros(8, 8, 3, 3, 3))
 
 
 @pytest.fixture
