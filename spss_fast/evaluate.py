@@ -33,7 +33,8 @@ from spss_fast.nets.vnet import VNet
 from spss_fast.settings import DataSettings
 
 DESCRIPTION = """Dice, Jaccard, 95% Hausdorff distance and average surface distance of a run's student: on the run's
-test cases, or on every case with a label in another data folder. Of several classes, the average and each one's own."""
+test cases, or on every case with a full label in another data folder. Of several classes, the average and each one's
+own."""
 
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -96,18 +97,19 @@ def evaluate(
     """Metrics per case of the student of the folder ``run``, and what the cases are to it.
 
     ``data_dir`` is where the run's data lie now, if it holds cases of all their names, else a folder of which all cases
-    with a label are measured. They are measured as they are prepared for training: on the resampled voxels where the
-    run has ``resample``, at half resolution where it has ``downsample = 2``. Distances are in ``units``, ``voxel`` or
-    ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, or mm are asked for
-    of HDF5 files, which keep no voxel size.
+    with a full label are measured. They are measured as they are prepared for training: on the resampled voxels where
+    the run has ``resample``, at half resolution where it has ``downsample = 2``. Distances are in ``units``, ``voxel``
+    or ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, or mm are asked
+    for of HDF5 files, which keep no voxel size.
     """
     return _measure(run, data_dir, stride, units, device)[:2]
 
 
 def _measure(
     run: Path, data_dir: Path | None, stride: tuple[int, int, int] | None, units: str, device: str
-) -> tuple[Rows, str, dict[str, Any], list[str]]:
-    """:func:`evaluate`, whose the cases are, for the summary, and which others were left out."""
+) -> tuple[Rows, str, dict[str, Any], list[str], list[str]]:
+    """:func:`evaluate`, whose the cases are, for the summary, which others were left out, and which of them have no
+    full label."""
     where = resolve_device(device)
     content = checkpoint.read(RunFolder(run).checkpoint, where)
     config, recorded = checkpoint.config_of(content), RunFolder(run).cases()
@@ -131,7 +133,8 @@ def _measure(
         meaning += f"; {stopped}"
     if grid := measured_grid(config.data):
         meaning += f"; on {grid}"
-    return rows, meaning, {"data_dir": str(folder.resolve()), "foreign": foreign}, left_out
+    bare = [case.name for case in cases if case.name not in rows]
+    return rows, meaning, {"data_dir": str(folder.resolve()), "foreign": foreign}, left_out, bare
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -150,8 +153,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--out {out} is the name of the summary beside the table of metrics: name the table, "
                         f"{out.with_suffix('.csv')}")
     console = Console()
-    rows, meaning, whose, left_out = _measure(run, stride=stride, **given)
+    rows, meaning, whose, left_out, bare = _measure(run, stride=stride, **given)
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
+    if bare:
+        say(console, f"not measured: {len(bare)} cases without a full label, one that shows two slices at least "
+                     f"({some(bare)})")
     if left_out:
         say(console, f"not measured: {len(left_out)} labelled cases in {whose['data_dir']} that are not the run's "
                      f"({some(left_out)}); to measure them, copy or link them into a folder of their own, without the "

@@ -12,15 +12,15 @@ NAMES = ("dice", "jaccard", "hd95", "asd")
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
-    """2 |P and R| / (|P| + |R|) of binary arrays; 1 if both are empty."""
+    """2 |P and R| / (|P| + |R|) of binary arrays; NaN if both are empty."""
     total = np.count_nonzero(prediction) + np.count_nonzero(reference)
-    return 2 * np.count_nonzero(prediction & reference) / total if total else 1.0
+    return 2 * np.count_nonzero(prediction & reference) / total if total else math.nan
 
 
 def jaccard(prediction: np.ndarray, reference: np.ndarray) -> float:
-    """|P and R| / |P or R| of binary arrays; 1 if both are empty."""
+    """|P and R| / |P or R| of binary arrays; NaN if both are empty."""
     union = np.count_nonzero(prediction | reference)
-    return np.count_nonzero(prediction & reference) / union if union else 1.0
+    return np.count_nonzero(prediction & reference) / union if union else math.nan
 
 
 def surface_distances(
@@ -46,8 +46,8 @@ def evaluate(
     """Dice, Jaccard, 95% Hausdorff distance and average surface distance of two binary (H, W, D) arrays.
 
     HD95 is the 95th percentile of both directions' surface distances together, ASD the mean distance from the
-    prediction's surface to the reference's (medpy's ``hd95`` and ``asd``). Both are NaN where either array is empty.
-    Raises ``ValueError`` for shapes that differ.
+    prediction's surface to the reference's (medpy's ``hd95`` and ``asd``). Both are NaN where either array is empty,
+    and all four where both are. Raises ``ValueError`` for shapes that differ.
     """
     prediction, reference = np.asarray(prediction) > 0, np.asarray(reference) > 0
     if prediction.shape != reference.shape:
@@ -67,7 +67,8 @@ def evaluate_classes(
     """:func:`evaluate` of each foreground class of two (H, W, D) label maps in [0, C), averaged over them.
 
     Beside the averages stand several classes' own metrics, under names like ``dice_VALUE``; ``values`` (C,) are the
-    classes' label values. Distances of a class that is empty in either array are NaN and have no part in the average.
+    classes' label values. What is NaN has no part in the average: all of a class that neither array shows (1, or
+    medpy's 0, would say how rare it is), the distances of one that only one of them does.
     """
     result: dict[str, float] = {}
     for c, value in enumerate(values[1:], 1):

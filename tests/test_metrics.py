@@ -46,7 +46,7 @@ def test_a_voxel_with_all_six_neighbours_is_no_surface():
 def test_empty_arrays():
     empty, full = np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool)
     both = metrics.evaluate(empty, empty)
-    assert both["dice"] == both["jaccard"] == 1.0 and math.isnan(both["hd95"])
+    assert all(math.isnan(both[name]) for name in metrics.NAMES)
     missed = metrics.evaluate(empty, full)
     assert missed["dice"] == 0.0 and math.isnan(missed["asd"])
 
@@ -67,6 +67,16 @@ def test_classes_are_measured_each_and_averaged():
     assert result["dice"] == pytest.approx((own[0]["dice"] + own[1]["dice"]) / 3)
     assert result["hd95"] == pytest.approx((own[0]["hd95"] + own[1]["hd95"]) / 2) and math.isnan(result["asd_7"])
     assert list(result)[:4] == list(metrics.NAMES) and len(result) == 16
+
+
+def test_a_class_that_neither_has_is_left_out_of_the_mean():
+    reference = np.zeros((8, 8, 8), int)
+    reference[2:6, 2:6, 2:6] = 1
+    prediction = np.where(np.arange(8)[:, None, None] == 2, 0, reference)
+    result = metrics.evaluate_classes(prediction, reference, (0, 1, 2))
+    assert result["dice"] == result["dice_1"] == pytest.approx(2 * 48 / (48 + 64)) and math.isnan(result["dice_2"])
+    result = metrics.evaluate_classes(np.zeros_like(reference), np.zeros_like(reference), (0, 1, 2))
+    assert math.isnan(result["dice"])
 
 
 def test_one_foreground_has_no_columns_of_its_own():

@@ -15,21 +15,20 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from spss_fast.data.annotations import Annotation
-from spss_fast.data.geometry import Grid, resample
+from spss_fast.data.geometry import Grid
 from spss_fast.data.images import files_of
-from spss_fast.data.layouts import Case, read_case, read_label
+from spss_fast.data.layouts import Case, Scan, read_case, read_label
 from spss_fast.data.parallel import parallel
-from spss_fast.data.preparation import foreground, prepare_scan
+from spss_fast.data.preparation import classes_shown, prepare_scan, resampled_label
 from spss_fast.errors import UserError
 from spss_fast.settings import DataSettings
 
-FORMAT = 2  # raised whenever the same scan and settings would be prepared differently
+FORMAT = 3  # raised whenever the same scan and settings would be prepared differently
 
 
 @dataclass
@@ -42,24 +41,30 @@ class PreparedCase:
     case: Case
     grid: Grid  # where the prepared array lies
     source: Grid  # where the array of the original file lies
+    shown: tuple[int, ...]  # by slice of the file, how many foreground classes its label shows; empty without a label
     folder: Path
 
     @property
     def has_label(self) -> bool:
-        """Whether there is a label, if only of one slice."""
-        return (self.folder / "label.npy").exists()
+        """Whether there is a label that shows foreground, if only in one slice."""
+        return any(self.shown)
 
     def label(self) -> np.ndarray | None:
         """The label (H, W, D) uint8 in [0, C), or None; what shows one slice may be no more than its annotation."""
         return np.load(self.folder / "label.npy", mmap_mode="c") if self.has_label else None
 
-    @cached_property
+    @property
     def has_full_label(self) -> bool:
-        """Whether the label shows more than one slice of the file (which may be several prepared ones): what shows only
-        one is an annotation, against which nothing can be measured."""
-        label = self.label()
-        shown = () if label is None else np.flatnonzero(label.any(axis=(0, 1)))
-        return len({self.slice_to_source(int(index)) for index in shown}) > 1
+        """Whether the label shows more than one slice of the file, whatever is left of them here.
+
+        What shows only one is an annotation, against which nothing can be measured.
+        """
+        return np.count_nonzero(self.shown) > 1
+
+    @property
+    def only_slice(self) -> int | None:
+        """The slice of the file that the label shows, where it shows one and no other."""
+        return None if self.has_full_label or not self.has_label else int(np.argmax(self.shown))
 
     def full_label(self) -> np.ndarray | None:
         """:meth:`label` where it is a full one, else None; for monitoring and evaluation only."""
@@ -98,7 +103,8 @@ class PreparedCase:
         slab = grid.cropped((0, 0, here), (*grid.size[:2], 1))
         along = (np.array(slab.origin) - self.grid.origin) @ self.grid.axes[:, 2] / self.grid.spacing[2]
         target = self.grid.cropped((0, 0, along), (*self.grid.size[:2], 1))
-        return resample(foreground(whole[:, :, here : here + 1], settings), slab, target, linear=False)[:, :, 0]
+        as_thick = replace(slab, spacing=(*slab.spacing[:2], target.spacing[2]))
+        return resampled_label(whole[:, :, here : here + 1], as_thick, target, settings)[:, :, 0]
 
 
 def cache_root(settings: DataSettings) -> Path:
@@ -180,7 +186,7 @@ def _load(case: Case, folder: Path) -> PreparedCase | None:
             return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return PreparedCase(case.name, image, grid.spacing, case, grid, source, folder)
+    return PreparedCase(case.name, image, grid.spacing, case, grid, source, tuple(meta["shown"]), folder)
 
 
 def _build(case: Case, folder: Path, settings: DataSettings) -> str | None:
@@ -193,14 +199,22 @@ def _build(case: Case, folder: Path, settings: DataSettings) -> str | None:
     except MemoryError:
         return f"{case.image} does not fit into memory: lower workers, or free some"
     try:
-        _write(case, folder, image, label, grid, scan.source)
+        _write(case, folder, image, label, grid, scan.source, _shown(scan, settings))
     except OSError as error:
         return f"the cache folder {folder.parent} cannot be written ({error.strerror}): free space, or set cache_dir"
     return None
 
 
+def _shown(scan: Scan, settings: DataSettings) -> list[int]:
+    """How many foreground classes the label shows in each slice of the file; empty without a label."""
+    if scan.label is None:
+        return []
+    along = scan.source.axes.T @ scan.grid.axes[:, 2]  # as oriented, slices may be counted from the other end
+    return classes_shown(scan.label, settings)[:: -1 if along[np.abs(along).argmax()] < 0 else 1].tolist()
+
+
 def _write(
-    case: Case, folder: Path, image: np.ndarray, label: np.ndarray | None, grid: Grid, source: Grid
+    case: Case, folder: Path, image: np.ndarray, label: np.ndarray | None, grid: Grid, source: Grid, shown: list[int]
 ) -> None:
     """Fills a folder under a temporary name and renames it to ``folder``."""
     temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
@@ -208,7 +222,7 @@ def _write(
         np.save(temporary / "image.npy", image)
         if label is not None:
             np.save(temporary / "label.npy", label)
-        meta = {"grid": asdict(grid), "source": asdict(source), "label": label is not None}
+        meta = {"grid": asdict(grid), "source": asdict(source), "label": label is not None, "shown": shown}
         (temporary / "meta.json").write_text(json.dumps(meta))
         for path in temporary.iterdir():
             with open(path, "rb") as file:

@@ -21,7 +21,7 @@ from spss_fast.config import PRESETS, toml_literal
 from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
-from spss_fast.data.preparation import body_box, foreground
+from spss_fast.data.preparation import body_box, classes_shown
 from spss_fast.errors import UserError, some
 from spss_fast.settings import DataSettings, TrainingSettings
 
@@ -78,7 +78,7 @@ def measure(case: Case, said: str, settings: DataSettings) -> Measured | str:
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(scan.source.direction)
     plane = ("sagittal", "coronal", "axial")[scan.grid.patient_axes()[2]]
     values, full = ((), False) if scan.label is None else (
-        label_values(scan.label), slices_shown(scan.label, settings) > 1)
+        label_values(scan.label), np.count_nonzero(classes_shown(scan.label, settings)) > 1)
     return Measured(case.name, modality, bool(said), code, plane, scan.grid.size, scan.grid.spacing, body, lowest,
                     percentiles, highest, values, full)
 
@@ -89,19 +89,6 @@ def label_values(label: np.ndarray) -> tuple[int, ...]:
     for slab in np.moveaxis(label, int(np.abs(label.strides).argmax()), 0):  # in memory order
         seen[slab] = True
     return tuple(map(int, np.flatnonzero(seen[1:]) + 1))
-
-
-def slices_shown(label: np.ndarray, settings: DataSettings) -> int:
-    """How many slices of a label map (H, W, D) uint8 hold foreground."""
-    along = int(np.abs(label.strides).argmax())
-    shown = np.zeros(label.shape[2], bool)
-    for place, slab in enumerate(np.moveaxis(label, along, 0)):  # in memory order
-        mask = foreground(slab, settings)
-        if along == 2:
-            shown[place] = mask.any()
-        else:
-            shown |= mask.any(axis=0)
-    return int(shown.sum())
 
 
 def known_modality(text: str) -> str:

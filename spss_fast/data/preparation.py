@@ -20,16 +20,10 @@ def prepare_scan(scan: Scan, case: Case, settings: DataSettings) -> tuple[np.nda
     """The prepared image (H, W, D) float32, its label uint8 in [0, C) (None where the scan has none), and their grid.
 
     HDF5 cases are windowed and cropped already, so only the resampling and the z-score apply to them. Raises
-    ``UserError`` for a label without foreground and an image without contrast.
+    ``UserError`` for an image without contrast.
     """
-    grid, label = target_grid(scan, case, settings), None
-    if scan.label is not None:
-        # merged where it is small; foreground that only resampling loses is no matter here
-        label = foreground(np.ascontiguousarray(resample(scan.label, scan.grid, grid, linear=False)), settings)
-        if not label.any() and not foreground(scan.label, settings).any():
-            values = ", ".join(map(str, settings.foreground or settings.classes)) or "any above 0"
-            raise UserError(f"{case.label} holds no foreground (label value {values}): annotate it, or take it away to "
-                            "use the scan unlabelled")
+    grid = target_grid(scan, case, settings)
+    label = None if scan.label is None else resampled_label(scan.label, scan.grid, grid, settings)
     image = resampled(scan, grid, None if case.preprocessed else settings.window)
     mean = image.mean(dtype=np.float64)
     # by slabs, as NumPy would make float64 copies of all of a scan
@@ -67,6 +61,45 @@ def resampled(scan: Scan, grid: Grid, window: tuple[float, float] | None) -> np.
                                               atol=1e-3 * min(grid.spacing) / max(grid.size)):
         return np.ascontiguousarray(array)
     return np.ascontiguousarray(resample(array, part, grid, linear=True, outside=float(array.min())))
+
+
+def resampled_label(label: np.ndarray, source: Grid, target: Grid, settings: DataSettings) -> np.ndarray:
+    """The classes of a ``label`` on ``target``, which runs along the axes of ``source``: uint8 in [0, C), in C order.
+
+    A voxel that unites whole ones, as ``downsample`` makes them, has the class of most of them, of equally many the
+    last: the nearest one would lie half a voxel to the side, always the same. Any other has that of the nearest.
+    """
+    factors = np.rint(np.divide(target.spacing, source.spacing)).astype(int)
+    start = source.index(target.point((0, 0, 0))) - (factors - 1) / 2
+    first = np.rint(start).astype(int)
+    united = np.allclose(target.spacing, factors * source.spacing, rtol=1e-6) and np.allclose(start, first, atol=1e-3)
+    if not united or factors.max() == 1:  # merged where it is small
+        return foreground(np.ascontiguousarray(resample(label, source, target, linear=False)), settings)
+    votes = np.zeros((settings.class_count, *target.size), np.uint16)
+    for offset in np.ndindex(*factors):
+        # the border is repeated to complete the last ones
+        part = foreground(label[np.ix_(*[
+            (begin + i + step * np.arange(n)).clip(0, size - 1)
+            for begin, i, step, n, size in zip(first, offset, factors, target.size, label.shape)
+        ])], settings)
+        for c, vote in enumerate(votes):
+            vote += part == c
+    return (settings.class_count - 1 - votes[::-1].argmax(0)).astype(np.uint8)
+
+
+def classes_shown(label: np.ndarray, settings: DataSettings) -> np.ndarray:
+    """How many foreground classes each slice of a label map (H, W, D) uint8 shows: (D,) int64."""
+    along = int(np.abs(label.strides).argmax())
+    shown = np.zeros((settings.class_count - 1, label.shape[2]), bool)
+    for place, slab in enumerate(np.moveaxis(label, along, 0)):  # in memory order
+        classes = foreground(slab, settings)
+        for c, of_class in enumerate(shown, 1):
+            mask = classes == c
+            if along == 2:
+                of_class[place] = mask.any()
+            else:
+                of_class |= mask.any(axis=0)
+    return shown.sum(0)
 
 
 def windowed(image: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:

@@ -74,8 +74,10 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
 def annotated_slice(
     case: PreparedCase, index: int, named: Annotation | None, settings: DataSettings
 ) -> torch.Tensor:
-    """The label (H, W) uint8 in [0, C) of prepared slice ``index``; of the one that the user ``named`` from the file
-    itself, which may have no other."""
+    """The label (H, W) uint8 in [0, C) of prepared slice ``index``; of the one that the user ``named``, and of the only
+    one that a label shows, from the file itself."""
+    if named is None and case.only_slice is not None:
+        named = Annotation(case.only_slice)
     mask = case.label()[:, :, index] if named is None else case.annotation_from_source(named, settings)
     return torch.from_numpy(np.array(mask, order="C"))
 

@@ -82,8 +82,13 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
                          "proposes which, --annotations takes them)")
         raise UserError(
             f"{known[bare[0]].case.image} is of the first n_labeled = {settings.n_labeled} training cases but has no "
-            f"label ({len(bare)} such{still}): annotate a slice of it{otherwise}")
+            f"label with foreground{_wanted(settings)} ({len(bare)} such{still}): annotate a slice of it{otherwise}")
     return Split(train, test, held_out)
+
+
+def _wanted(settings: DataSettings) -> str:
+    values = settings.foreground or settings.classes
+    return f" (value {', '.join(map(str, values))})" if values else ""
 
 
 def taking_part(cases: list[Case], data_dir: Path) -> list[Case]:
@@ -139,7 +144,8 @@ def annotated_slices(cases: list[PreparedCase], settings: DataSettings, seed: in
             f"{settings.annotations} names {unknown[0]}, which is not one of the {len(cases)} annotated cases "
             "(n_labeled of the training cases, named ones first): correct the name, the lists or n_labeled")
     return {
-        case.name: _given_slice(case, given[case.name], settings) if case.name in given else _drawn_slice(case, seed)
+        case.name: _given_slice(case, given[case.name], settings) if case.name in given else
+        _drawn_slice(case, settings, seed)
         for case in cases
     }
 
@@ -166,12 +172,16 @@ def _given_slice(case: PreparedCase, annotation: Annotation, settings: DataSetti
     return prepared
 
 
-def _drawn_slice(case: PreparedCase, seed: int) -> int:
-    label = case.label()
+def _drawn_slice(case: PreparedCase, settings: DataSettings, seed: int) -> int:
+    label, only = case.label(), case.only_slice
     slices = np.flatnonzero(label.any(axis=(0, 1)))
+    if only is not None:
+        index = case.slice_from_source(only)
+        kept = 0 <= index < case.grid.size[2] and case.annotation_from_source(Annotation(only), settings).any()
+        slices = np.array([index] if kept else [], int)
     if not slices.size:
-        raise UserError(f"{case.case.label}: its foreground is too small to survive resampling to {case.grid.size} "
-                        "voxels; resample to more, or leave the case out")
+        raise UserError(f"{case.case.label}: its foreground does not survive cropping and resampling to "
+                        f"{case.grid.size} voxels; resample to more, or leave the case out")
     margin = slices.size // 5
     name = int.from_bytes(hashlib.sha256(case.name.encode()).digest()[:8], "little")
     middle = slices[margin : slices.size - margin]

@@ -78,7 +78,8 @@ def evaluate_labels(
 
 
 def mean_and_sd(rows: Rows) -> dict[str, tuple[float, float]]:
-    """Mean and standard deviation over cases; undefined distances (an empty prediction) are left out."""
+    """Mean and standard deviation over cases; what is undefined (distances of an empty prediction, all of a class that
+    a case does not have) is left out."""
     return {
         name: (float(np.nanmean(values)), float(np.nanstd(values)))
         for name in _names(rows)
@@ -99,7 +100,10 @@ def dice_line(rows: Rows) -> str:
     """Dice over cases, mean ± sd: of all foreground, then of each class that is kept apart."""
     summary = mean_and_sd(rows)
     parts = {"Dice": "dice"} | {f"class {value}": f"dice_{value}" for value in _class_values(rows)}
-    return ", ".join("{} {:.4f} ± {:.4f}".format(title, *summary[name]) for title, name in parts.items())
+    return ", ".join(
+        "{} {:.4f} ± {:.4f}".format(title, *summary[name]) if name in summary else f"{title} undefined"
+        for title, name in parts.items()
+    )
 
 
 def write_metrics(path: Path, rows: Rows) -> None:
@@ -121,7 +125,8 @@ def write_summary(path: Path, rows: Rows, **about: Any) -> None:
 
 
 def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bool = True) -> None:
-    """A table per case, and mean ± sd: of each class that is kept apart, then of their average."""
+    """A table per case, and mean ± sd over the cases that have one: of each class that is kept apart, then of their
+    average."""
     table = Table(title=Text(title, "table.title"), title_justify="left")  # brackets in names are no markup
     table.add_column("case")
     for heading in ("Dice", "Jaccard", f"HD95 ({unit})", f"ASD ({unit})"):
@@ -131,15 +136,20 @@ def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bo
             table.add_row(Text(case), *(f"{row[name]:.{digits}f}" for name, digits in DIGITS.items()))
         table.add_section()
     summary = mean_and_sd(rows)
-    suffixes = {f"class {value}": f"_{value}" for value in _class_values(rows)} | {f"mean of {len(rows)}": ""}
-    for title, suffix in suffixes.items():
+    titles = {f"_{value}": f"class {value}, mean" for value in _class_values(rows)} | {"": "mean"}
+    for suffix, title in titles.items():
+        count = sum(not np.isnan(row[f"dice{suffix}"]) for row in rows.values())
         cells = [
             " ± ".join(f"{value:.{digits}f}" for value in summary.get(name + suffix, ())) or "-"
             for name, digits in DIGITS.items()
         ]
-        table.add_row(title, *cells)
+        table.add_row(f"{title} of {count}", *cells)
     console.print(table)
-    empty = [case for case, row in rows.items() if any(np.isnan(value) for value in row.values())]
-    if empty:
-        whose = " of a class" * bool(_class_values(rows))
-        say(console, f"no distance{whose} for {', '.join(empty)}: prediction or reference is empty there")
+    whose = " of a class" * bool(_class_values(rows))
+    for what, name, why in (
+        ("distance", "hd95", "prediction or reference is empty there"), ("Dice", "dice", "both are empty there"),
+    ):
+        if without := [case for case, row in rows.items() if any(
+            np.isnan(value) for column, value in row.items() if column.startswith(name)
+        )]:
+            say(console, f"no {what}{whose} for {', '.join(without)}: {why}")

@@ -16,7 +16,7 @@ from spss_fast.data.annotations import Annotation
 from spss_fast.data.cache import prepare
 from spss_fast.data.layouts import find_cases
 from spss_fast.errors import UserError
-from tests.data.writing import prepared, settings_of, write_kits, write_la
+from tests.data.writing import prepared, settings_of, write_image, write_kits, write_la
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,6 +216,16 @@ def test_a_dangling_link_is_named(tmp_path):
         prepared("kits", tmp_path / "d", settings_of("kits", tmp_path))
 
 
+@pytest.mark.parametrize("slices, resample", [((9, 11), "32 32 5"), ((1, 2), "8 8 24")])
+def test_a_full_label_stays_one_whatever_the_grid_leaves_of_it(tmp_path, slices, resample):
+    label = np.zeros((40, 40, 24), np.uint8)
+    label[1:3, 1:3, slice(*slices)] = label[1:3, 1:3, 20] = 1
+    write_image(tmp_path / "d" / "a" / "lgemri.nrrd", np.random.default_rng(0).normal(size=label.shape))
+    write_image(tmp_path / "d" / "a" / "laendo.nrrd", label)
+    case, = prepared("la", tmp_path / "d", settings_of("la", tmp_path, resample=resample))
+    assert np.count_nonzero(case.label().any((0, 1))) < 2 and case.has_full_label and case.only_slice is None
+
+
 def test_slices_of_the_file_and_of_the_prepared_volume(tmp_path):
     """KiTS19 counts from the head, prepared volumes from the feet; a slice's label is taken from the file itself."""
     image = np.random.default_rng(0).integers(-100, 200, (24, 16, 16)).astype(np.int16)
@@ -224,7 +234,7 @@ def test_slices_of_the_file_and_of_the_prepared_volume(tmp_path):
     write_kits(tmp_path / "d", "case_00000", image, label)
     config = settings_of("kits", tmp_path, body_crop=False, resample="16 16 8")
     case, = prepared("kits", tmp_path / "d", config)
-    assert case.slice_axis() == 0
+    assert case.slice_axis() == 0 and case.only_slice == 5 and len(case.shown) == 24
     assert [case.slice_from_source(s) for s in (23, 22, 21, 20, 5, 0)] == [0, 0, 0, 1, 6, 7]
     expected = np.zeros((16, 16), np.uint8)
     expected[3:7, 2:9] = 1

@@ -7,10 +7,19 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 
+from spss_fast.config import resolve
+from spss_fast.data.annotations import Annotation
 from spss_fast.data.cache import prepare
 from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import Case, Scan, find_cases
-from spss_fast.data.preparation import body_box, foreground, prepare_scan, target_grid
+from spss_fast.data.preparation import (
+    body_box,
+    classes_shown,
+    foreground,
+    prepare_scan,
+    resampled_label,
+    target_grid,
+)
 from spss_fast.errors import UserError
 from tests.data.writing import ball, prepared, settings_of, to_source, write_h5, write_image, write_kits, write_la
 
@@ -220,6 +229,41 @@ def test_organs_of_a_real_ct_stay_apart(scans, tmp_path):
         assert volume == pytest.approx((original == value).sum() * 27, rel=0.06)
 
 
+def test_labels_at_half_resolution_lie_where_the_image_does(tmp_path):
+    """Image and label are the same ball: means over blocks and votes have their middle in the same place."""
+    inside = ball((41, 40, 30))[1]
+    write_image(tmp_path / "d" / "a" / "lgemri.nrrd", 100 * inside)
+    write_image(tmp_path / "d" / "a" / "laendo.nrrd", inside)
+    case, = prepared("la", tmp_path / "d", settings_of("la", tmp_path, downsample=2))
+    image = (case.image - case.image.min()) / np.ptp(case.image)
+    label = case.label()
+    np.testing.assert_array_equal(label, image >= 0.5)  # of as many on either side, the foreground
+    assert label.any() and (image[label == 0] > 0.3).any()
+    annotation = case.annotation_from_source(Annotation(15), resolve("la", {"downsample": 2}).data)
+    votes = np.pad(inside[:, :, 15], ((0, 1), (0, 0))).reshape(21, 2, 20, 2).sum((1, 3))
+    np.testing.assert_array_equal(annotation, votes >= 2)
+
+
+@pytest.mark.parametrize("classes, expected", [((1, 2), [0, 1, 2, 2]), ((2, 1), [0, 2, 2, 1]), ((), [0, 1, 1, 1])])
+def test_of_as_many_voxels_the_last_class_wins(classes, expected):
+    blocks = [[0, 0, 0, 1], [1, 1, 0, 0], [2, 2, 1, 1], [2, 2, 2, 1]]
+    label = np.zeros((8, 2, 1), np.uint8)
+    for i, (a, b, c, d) in enumerate(blocks):
+        label[2 * i : 2 * i + 2, :, 0] = [[a, b], [c, d]]
+    grid = Grid((8, 2, 1))
+    settings = settings_of("la", Path("."), classes=classes).data
+    shrunk = resampled_label(label, grid, grid.shrunk((2, 2, 1)), settings)
+    np.testing.assert_array_equal(shrunk[:, 0, 0], expected)
+
+
+def test_classes_are_counted_slice_by_slice():
+    label = np.zeros((4, 5, 6), np.uint8)
+    label[1, 2, 1], label[1, 2, 3], label[2, 2, 3], label[0, 0, 5] = 1, 1, 2, 9
+    settings = settings_of("la", Path("."), classes=(1, 2)).data
+    for array in (label, np.asfortranarray(label)):
+        np.testing.assert_array_equal(classes_shown(array, settings), [0, 1, 0, 2, 0, 0])
+
+
 def test_preset_grid_of_la_at_half_resolution():
     grid = Grid((183, 140, 88), (0.625,) * 3)
     scan = Scan(np.zeros(grid.size, np.float32), None, grid.spacing, grid, grid)
@@ -236,16 +280,6 @@ def refused(dataset, tmp_path, **flags):
         prepared(dataset, tmp_path / "d", settings_of(dataset, tmp_path, **flags))
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def test_label_without_foreground(tmp_path):
-    image, label = ball()
-    write_image(tmp_path / "d" / "a" / "lgemri.nrrd", image)
-    write_image(tmp_path / "d" / "a" / "laendo.nrrd", np.zeros_like(label))
-    message = refused("la", tmp_path)
-    assert "laendo.nrrd holds no foreground" in message and "annotate it" in message
-    write_image(tmp_path / "d" / "a" / "laendo.nrrd", label)
-    assert "label value 7" in refused("la", tmp_path, foreground="7")
 
 
 def test_image_without_contrast(tmp_path):

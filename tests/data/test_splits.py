@@ -76,8 +76,7 @@ def test_real_la_list_is_the_standard_order(scans, tmp_path):
     """80 cases, all in train.list: the first 16 annotated, the other 64 the test, never their labels seen."""
     cases = find_cases("la", scans("la_raw"))
     grid = Grid((1, 1, 1))
-    bare = [PreparedCase(case.name, np.zeros(grid.size), grid.spacing, case, grid, grid, tmp_path) for case in cases]
-    (tmp_path / "label.npy").touch()
+    bare = [PreparedCase(case.name, np.zeros(1), grid.spacing, case, grid, grid, (1, 1), tmp_path) for case in cases]
     split = make_split(bare, scans("la_raw"), settings_of("la", tmp_path))
     listed = (scans("la_raw") / "train.list").read_text().split()
     assert split.train == listed and split.test == listed[16:] and not split.held_out
@@ -158,6 +157,23 @@ def test_an_annotated_case_needs_a_label(ten, tmp_path):
         make_split(prepared("la", folder, config), folder, config)
 
 
+def test_an_empty_label_is_none(ten, tmp_path):
+    _, folder, _, _ = ten
+    (folder / "train.list").write_text("\n".join("abcdefghij"))
+    write_image(folder / "b" / "laendo.nrrd", np.zeros_like(ball()[1]))
+    config = settings_of("la", tmp_path, n_labeled=3)
+    cases = prepared("la", folder, config)
+    assert [case.name for case in cases if not case.has_label] == ["b"] and cases[1].label() is None
+    with pytest.raises(UserError, match=r"b/lgemri.nrrd is of the first.*no label with foreground \(1 such\)"):
+        make_split(cases, folder, config)
+    other = settings_of("la", tmp_path, n_labeled=3, foreground="7")
+    with pytest.raises(UserError, match=r"a/lgemri.nrrd is.*no label with foreground \(value 7\) \(3 such\)"):
+        make_split(prepared("la", folder, other), folder, other)
+    (folder / "train.list").unlink()
+    config.data.n_test = 2
+    assert make_split(cases, folder, config).train[-1] == "b"
+
+
 # annotated slices ---------------------------------------------------------------------------------------------------
 
 def bar(tmp_path, first, last, depth=30):
@@ -185,6 +201,19 @@ def test_few_slices_are_all_eligible(tmp_path, first, last):
     cases, config = bar(tmp_path, first, last)
     drawn = {annotated_slices(cases, config.data, seed)["a"] for seed in range(100)}
     assert drawn == set(range(first, last + 1))
+
+
+@pytest.mark.parametrize("index", [10, 11])
+def test_the_only_slice_that_a_label_shows_is_taken_whole_at_half_resolution(tmp_path, index):
+    cases, _ = bar(tmp_path, index, index)
+    config = settings_of("la", tmp_path, downsample=2)
+    cases = prepared("la", tmp_path / "bar", config)
+    assert annotated_slices(cases, config.data, 0) == {"a": 5}
+    volume, = training_volumes(cases, config.data, 0)
+    square = np.zeros((8, 8), np.uint8)
+    square[2:5, 2:5] = 1  # of a pixel beyond it, 1 of 4 or 2 of 4, which is as many
+    square[4, 4] = 0
+    np.testing.assert_array_equal(volume.annotation, square)
 
 
 def test_several_classes_are_drawn_where_most_of_them_show(tmp_path):
@@ -298,5 +327,5 @@ def test_foreground_lost_in_resampling_is_named(tmp_path):
     write_image(tmp_path / "la" / "a" / "lgemri.nrrd", image)
     write_image(tmp_path / "la" / "a" / "laendo.nrrd", label)
     config = settings_of("la", tmp_path, resample="8 8 8")
-    with pytest.raises(UserError, match=r"laendo.nrrd: its foreground is too small to survive"):
+    with pytest.raises(UserError, match=r"laendo.nrrd: its foreground does not survive"):
         annotated_slices(prepared("la", tmp_path / "la", config), config.data, 0)

@@ -77,6 +77,22 @@ def test_names_with_brackets_are_shown_as_they_are():
     assert said == "no distance for scan[v2]:dog:: prediction or reference is empty there"
 
 
+def test_the_table_says_of_how_many_cases_a_class_has_its_mean():
+    console = Console(file=io.StringIO(), width=100)
+    whole = {"dice": 0.5, "jaccard": 0.25, "hd95": 4.0, "asd": 1.5}
+    rows = {
+        "a": whole | {f"{name}_{c}": value for c in (1, 2) for name, value in whole.items()},
+        "b": whole | {f"{name}_1": value for name, value in whole.items()} | dict.fromkeys(
+            ["dice_2", "jaccard_2", "hd95_2", "asd_2"], np.nan),
+    }
+    evaluation.print_metrics(console, "title", rows, "voxel")
+    said = console.file.getvalue()
+    assert "class 1, mean of 2" in said and "class 2, mean of 1" in said and " mean of 2 " in said
+    assert "no Dice of a class for b: both are empty there" in said
+    nothing = {"a": dict.fromkeys(metrics.NAMES, np.nan)}
+    assert evaluation.dice_line(nothing) == "Dice undefined"
+
+
 def test_strides_are_las_in_proportion():
     assert evaluation.window_stride((112, 112, 80)) == (18, 18, 4)
     assert evaluation.window_stride((176, 176, 64)) == (28, 28, 3)
