@@ -208,7 +208,7 @@ constexpr int64_t kSlots = 32;  // blocks are dealt to so many slots, whatever t
 // What a slot works with, rows of its block in the order of their classes.
 template <class T>
 struct Slot {
-  at::Tensor unit_a, unit_b, to_a, to_b, scores_a, scores_b, to_bank;  // to_bank: (classes, k, width)
+  at::Tensor unit_a, unit_b, to_a, to_b, scores, to_bank;  // to_bank: (classes, k, width)
   std::vector<T> length_a, length_b, positive, slope;
   std::vector<int32_t> place;   // the row of each voxel of the block
   std::vector<int64_t> starts;  // the first row of each class
@@ -218,8 +218,7 @@ struct Slot {
       : length_a(kTile), length_b(kTile), positive(kTile), slope(kTile), place(kTile), starts(classes + 1) {
     unit_a = at::empty({kTile, width}, options);
     unit_b = at::empty_like(unit_a);
-    scores_a = at::empty({kTile * k}, options);
-    scores_b = at::empty_like(scores_a);
+    scores = at::empty({kTile * k}, options);
     if (!with_grad) return;
     to_a = at::empty_like(unit_a);
     to_b = at::empty_like(unit_a);
@@ -253,9 +252,9 @@ struct Loss {
   void run_class(Slot<T>& s, int64_t c) const {
     const int64_t begin = s.starts[c], count = s.starts[c + 1] - begin, banked = counts[c];
     const at::Tensor prototypes = bank_of(bank, c);
-    const auto direction = [&](const at::Tensor& units, const at::Tensor& buffer, const at::Tensor& to) {
+    at::Tensor scores = s.scores.narrow(0, 0, count * banked).view({count, banked});
+    const auto direction = [&](const at::Tensor& units, const at::Tensor& to) {
       const at::Tensor unit = units.narrow(0, begin, count);
-      at::Tensor scores = buffer.narrow(0, 0, count * banked).view({count, banked});
       at::mm_out(scores, unit, prototypes.t());
       s.loss += through_scores(count, banked, temperature, scale(), s.positive.data() + begin, scores.data_ptr<T>(),
                                s.slope.data() + begin);
@@ -264,8 +263,8 @@ struct Loss {
       at::mm_out(grad, scores, prototypes);
       bank_of(s.to_bank, c).addmm_(scores.t(), unit);
     };
-    direction(s.unit_a, s.scores_a, s.to_a);
-    if (bidirectional) direction(s.unit_b, s.scores_b, s.to_b);
+    direction(s.unit_a, s.to_a);
+    if (bidirectional) direction(s.unit_b, s.to_b);
   }
 
   void run_block(Slot<T>& s, int64_t volume, int64_t begin, int64_t count, const Planes* grad_a,

@@ -1,6 +1,7 @@
 // Hole filling: a flood from outside through all that is not of a class leaves what the class encloses.
 #include <ATen/Parallel.h>
 
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -49,6 +50,7 @@ void fill(const uint8_t* label, uint8_t* filled, const Margin& margin, int64_t c
     return (y * width + x) * depth + i % margin.row() - 1;
   };
   for (int64_t c = 1; c < classes; ++c) {
+    if (std::memchr(label, static_cast<int>(c), height * width * depth) == nullptr) continue;
     for (int64_t y = 0; y < height; ++y)
       for (int64_t x = 0; x < width; ++x)
         for (int64_t z = 0; z < depth; ++z)

@@ -178,7 +178,7 @@ Rows<T> read_rows(const Planes& p, int64_t b, int64_t begin, int64_t count, T* s
   return {scratch, kTile};
 }
 
-// p = softmax of `in` over channels; log-sum-exp is top + log(sum). `p` has rows kTile apart and may be `in`.
+// p = softmax of `in` over channels; log-sum-exp is top + log(sum). `p` has rows kTile apart.
 template <class T>
 SPSS_MULTIARCH void softmax_rows(Rows<T> in, int64_t channels, int64_t count, T* p, T* top, T* sum) {
   if (channels == 2) {

@@ -218,7 +218,7 @@ SPSS_HD void largest_component(
   team.sync();
 }
 
-// Buffers of one chain, each of plane.size() words; the slice is in `bits` before and after.
+// Buffers of one chain, plane.size() words or plane.names() numbers each; the slice is in `bits` before and after.
 struct Workspace {
   Word *bits, *spare;
   int *parent, *count;
