@@ -12,6 +12,7 @@ import numpy as np
 
 from spss_fast.data.annotations import Annotation, empty_annotations, read_annotations
 from spss_fast.data.cache import PreparedCase
+from spss_fast.data.images import stem
 from spss_fast.data.layouts import Case
 from spss_fast.errors import UserError, some
 from spss_fast.settings import Config, DataSettings
@@ -45,8 +46,6 @@ def make_split(cases: list[PreparedCase], data_dir: Path, config: Config) -> Spl
     data_dir = Path(data_dir)
     train, test = read_lists(data_dir, known)
     drawn = sorted(known, key=lambda name: hashlib.sha256(f"{training.seed}:{name}".encode()).digest())
-    if train is not None and test is not None and (both := sorted(set(train) & set(test))):
-        raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
     named = read_annotations(settings)
     held_out = True
     if train is not None:
@@ -104,8 +103,14 @@ def _annotated_first(train: list[str], named: Collection[str], count: int) -> li
 
 
 def read_lists(data_dir: Path, known: Collection[str]) -> tuple[list[str] | None, list[str] | None]:
-    """What ``train.list`` and ``test.list`` in the data folder name; None for one that is not there."""
-    return _read_list(data_dir / "train.list", known), _read_list(data_dir / "test.list", known)
+    """What ``train.list`` and ``test.list`` in the data folder name; None for one that is not there.
+
+    Raises ``UserError`` for a list that cannot be read or is empty, a name without a scan, and one that is named twice.
+    """
+    train, test = (_read_list(data_dir / name, known) for name in ("train.list", "test.list"))
+    if train is not None and test is not None and (both := sorted(set(train) & set(test))):
+        raise UserError(f"{data_dir / 'test.list'} names {both[0]}, as train.list does: keep it in one of them")
+    return train, test
 
 
 def _read_list(path: Path, known: Collection[str]) -> list[str] | None:
@@ -113,10 +118,11 @@ def _read_list(path: Path, known: Collection[str]) -> list[str] | None:
     if not path.exists():
         return None
     try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin files with a byte-order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a list of case names: {error}") from error
-    names = [name if name in known else name.removesuffix(".h5") for name in names]
+    names = [line.strip() for line in text.splitlines() if line.strip()]
+    names = [name if name in known else stem(Path(name)) or name.removesuffix(".h5") for name in names]
     if not names:
         raise UserError(f"{path} names no case: fill it, or take it away for a split by seed")
     absent = [name for name in names if name not in known]

@@ -57,6 +57,13 @@ def test_lists_are_honoured_in_their_order(ten):
     assert (result.train, result.test, result.held_out) == (["g", "b", "a", "d", "c"], ["j", "e"], True)
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd", ".MHA", ".h5"])
+def test_lists_may_have_file_endings_and_a_byte_order_mark(ten, ending):
+    _, folder, _, split = ten
+    (folder / "train.list").write_text("".join(f"{name}{ending}\r\n" for name in "gbadc"), encoding="utf-8-sig")
+    assert split().train == list("gbadc")
+
+
 def test_cases_outside_a_training_list_are_the_test(ten):
     names, folder, _, split = ten
     (folder / "train.list").write_text("\n".join("jihgfed"))
