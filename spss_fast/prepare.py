@@ -23,6 +23,7 @@ from spss_fast.data.cache import PreparedCase
 from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_folder, propose, to_toml
 from spss_fast.data.layouts import Case, find_cases, source_grid
 from spss_fast.data.parallel import parallel
+from spss_fast.data.splits import Lists, read_lists
 from spss_fast.errors import UserError
 from spss_fast.settings import SECTION_OF, Config
 
@@ -64,8 +65,8 @@ def prepare_folder(
 
     ``flags`` are data settings that replace proposed ones. With ``settings``, a file written before, nothing is
     measured or written, and the volumes are prepared by that file. Scans and annotations that cannot be used are left
-    out, each with a line in the result. Raises ``UserError`` where nothing can be prepared, ``out`` exists already, or
-    annotations are of different planes.
+    out, each with a line in the result. Raises ``UserError`` where nothing can be prepared, ``out`` exists already, a
+    ``train.list`` or ``test.list`` does not fit the scans, or annotations are of different planes.
     """
     console, flags, data_dir = console or Console(), dict(flags or {}), Path(data_dir)
     if settings is None:
@@ -76,6 +77,7 @@ def prepare_folder(
     elif out is not None:
         raise UserError("--settings prepares by a file, --out writes one: give one of them")
     cases = find_cases("folder", data_dir)
+    lists = read_lists(data_dir, {case.name for case in cases})
     config = resolve("folder", flags, settings)
     unusable, annotated = [], []
     if config.data.annotations:
@@ -93,7 +95,7 @@ def prepare_folder(
         if not measured:
             raise UserError(f"none of the {len(cases)} scans in {data_dir} can be used: {unusable[0]}")
         cases = [case for case in cases if case.name not in failures]
-        _write(out, measured, data_dir, flags, annotated, unusable, console)
+        _write(out, measured, data_dir, flags, annotated, lists, unusable, console)
         config = resolve("folder", {}, out)
     prepared, failures = _prepare(cases, config)
     unusable += failures
@@ -154,11 +156,11 @@ def _measure(cases: list[Case], config: Config, data_dir: Path) -> tuple[list[Me
 
 
 def _write(
-    out: Path, measured: list[Measured], data_dir: Path, flags: dict[str, Any], annotated: list[str],
+    out: Path, measured: list[Measured], data_dir: Path, flags: dict[str, Any], annotated: list[str], lists: Lists,
     unusable: list[str], console: Console,
 ) -> None:
     given = {name: getattr(resolve("folder", flags).data, name) for name in flags}
-    proposal = propose(measured, data_dir, given, annotated)
+    proposal = propose(measured, data_dir, given, annotated, lists)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(to_toml(measured, proposal, unusable), encoding="utf-8")

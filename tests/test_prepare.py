@@ -132,6 +132,34 @@ def test_a_csv_sets_how_many_are_annotated(tmp_path, capsys, labelled, n_test):
     assert set(split.train[:8]) == {f"s{i:02d}" for i in range(8)} and split.held_out == (n_test > 0)
 
 
+def test_what_is_proposed_beside_lists_trains_by_them(tmp_path):
+    """Of 12 labelled scans one is damaged, and the list has names as files have them."""
+    for i in range(12):
+        image, label = ball((24, 24, 16), i)
+        write_image(tmp_path / "scans" / f"s{i:02d}.nii.gz", image)
+        write_image(tmp_path / "scans" / f"s{i:02d}_seg.nii.gz", label)
+    (tmp_path / "scans" / "s03.nii.gz").write_bytes(b"spoiled" * 50)
+    names = "".join(f"s{i:02d}.nii.gz\n" for i in range(12))
+    (tmp_path / "scans" / "train.list").write_text(names, encoding="utf-8-sig")
+    result = run(tmp_path, tmp_path / "scans")
+    assert result.config.data.n_labeled == 9 and len(result.unusable) == 1 and len(result.cases) == 11
+    (tmp_path / "scans" / "train.list").write_text(names.replace("s03.nii.gz\n", ""))
+    assert len(make_split(result.cases, tmp_path / "scans", result.config).train) == 11
+
+
+def test_lists_that_training_would_refuse_are_refused(tmp_path):
+    for i, name in enumerate("abcd"):
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", ball((24, 24, 16), i)[0])
+    (tmp_path / "scans" / "train.list").write_text("a\nb\nzz\n")
+    with pytest.raises(UserError, match=r"train.list names zz, but .*scans has no such scan"):
+        run(tmp_path, tmp_path / "scans")
+    (tmp_path / "scans" / "train.list").write_text("a\nb\nc\n")
+    (tmp_path / "scans" / "test.list").write_text("c\n")
+    with pytest.raises(UserError, match=r"test.list names c, as train.list does"):
+        run(tmp_path, tmp_path / "scans")
+    assert not (tmp_path / "mine.toml").exists()
+
+
 def test_a_csv_that_does_not_fit_is_named(tmp_path):
     for name in "abcd":
         write_image(tmp_path / "scans" / f"{name}.nii.gz", ball((24, 24, 16))[0])

@@ -11,6 +11,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
 from spss_fast.data.preparation import body_box, classes_shown
+from spss_fast.data.splits import Lists
 from spss_fast.errors import UserError, some
 from spss_fast.settings import DataSettings, TrainingSettings
 
@@ -127,11 +129,14 @@ class Proposal:
         self.values[name], self.reasons[name] = value, why
 
 
-def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], named: Collection[str]) -> Proposal:
+def propose(
+    scans: list[Measured], data_dir: Path, given: dict[str, Any], named: Collection[str], lists: Lists
+) -> Proposal:
     """Settings for the scans of a folder.
 
     ``given`` are settings that the user chose already: they stay, and the others follow from them. ``named`` are the
-    cases that ``annotations`` says are annotated, none where it is not set.
+    cases that ``annotations`` says are annotated, none where it is not set, and ``lists`` those of ``train.list`` and
+    ``test.list``, None for one that is not there.
     """
     result = Proposal()
 
@@ -153,14 +158,16 @@ def propose(scans: list[Measured], data_dir: Path, given: dict[str, Any], named:
     add("patch", lambda: _patch(sizes, spacing, PATCH_VOXELS // factor**3))
     if not given.get("classes"):
         add("foreground", lambda: _foreground(scans, data_dir))
-    annotated, labelled = sum(scan.name in named for scan in scans), sum(bool(scan.values) for scan in scans)
+    training, listed = _training(scans, lists), lists != (None, None)
+    annotated = sum(scan.name in named for scan in training)
+    labelled = sum(1 for _ in takewhile(lambda scan: scan.values, training))
     full = sum(scan.full for scan in scans if scan.name not in named)
-    n_test = add("n_test", lambda: _n_test(len(scans), full, annotated, data_dir))
-    add("n_labeled", lambda: _n_labeled(len(scans), labelled, annotated, n_test))
+    n_test = add("n_test", lambda: _n_test(len(scans), full, annotated, listed))
+    add("n_labeled", lambda: _n_labeled(len(training), labelled, annotated, 0 if listed else n_test))
     for name, value in given.items():
         if name not in result.values:
             result.add(name, value, GIVEN.get(name, "as given"))
-    result.remarks = _remarks(scans, modality, labelled, annotated)
+    result.remarks = _remarks(scans, modality, len(training), labelled, annotated)
     like_ct = [s.name for s in scans if s.modality == "other" and not s.said and s.lowest < -900 and s.highest > 200]
     if like_ct and result.values["window"] is None:
         low, high = WINDOW
@@ -237,8 +244,18 @@ def _foreground(scans: list[Measured], data_dir: Path) -> tuple[Any, str]:
     return (), f"every label value above 0, merged; found: {found}"
 
 
-def _n_test(count: int, full: int, annotated: int, data_dir: Path) -> tuple[Any, str]:
-    if (data_dir / "train.list").exists() or (data_dir / "test.list").exists():
+def _training(scans: list[Measured], lists: Lists) -> list[Measured]:
+    """The scans that may train, in the order in which training takes them for annotated where ``annotations`` names
+    none: that of ``train.list``, else those with a label first."""
+    train, test = lists
+    if train is None:
+        return sorted((scan for scan in scans if scan.name not in (test or ())), key=lambda scan: not scan.values)
+    usable = {scan.name: scan for scan in scans}
+    return [usable[name] for name in train if name in usable]
+
+
+def _n_test(count: int, full: int, annotated: int, listed: bool) -> tuple[Any, str]:
+    if listed:
         return 20, "not used: train.list or test.list in the data folder make the split"
     number = min(20, count // 5, max(0, full - (0 if annotated else 2)))
     return number, f"a fifth of the {count} scans, at most 20, of the {full} with full labels that annotations does " \
@@ -251,11 +268,13 @@ def _n_labeled(count: int, labelled: int, annotated: int, n_test: int) -> tuple[
     available = labelled - n_test if labelled else count
     number = max(2, min(16, available, count - n_test - 2))
     if not labelled:
-        return number, "no labels yet: annotate one slice in this many scans, at most 16, and name them by annotations"
-    return number, "16 as published, or what there is; one slice of each is used, drawn at random without annotations"
+        return number, ("no labels yet on the scans that come first in training: annotate one slice in this many, at "
+                        "most 16, and name them by annotations")
+    return number, ("16 as published, or what there is of labelled scans that come first in training; one slice of "
+                    "each is used, drawn at random without annotations")
 
 
-def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int) -> list[str]:
+def _remarks(scans: list[Measured], modality: str, training: int, labelled: int, annotated: int) -> list[str]:
     remarks = []
     for what, attribute, mend in (
         ("modality", "modality", "keep one modality per data set"),
@@ -275,11 +294,13 @@ def _remarks(scans: list[Measured], modality: str, labelled: int, annotated: int
     if thin:
         remarks.append(f"{len(thin)} labels show one slice or none: {some(thin)}; such a label can be a scan's "
                        "annotation, but nothing is tested on it")
-    if annotated > len(scans) - TrainingSettings.batch_unlabeled:
-        remarks.append(f"annotations names {annotated} of the {len(scans)} scans, which leaves too few without: add "
-                       "scans, or train with --batch-unlabeled 0, on annotated ones alone")
+    if annotated > training - TrainingSettings.batch_unlabeled:
+        remarks.append(f"annotations names {annotated} of the {training} scans to train on, which leaves too few "
+                       "without: add scans, or train with --batch-unlabeled 0, on annotated ones alone")
     if not labelled and not annotated:
-        remarks.append("no scan has a label: annotate one slice in each of n_labeled scans, then set annotations")
+        which = "of those that come first in training " if any(scan.values for scan in scans) else ""
+        remarks.append(f"no scan {which}has a label: annotate one slice in each of n_labeled scans, then set "
+                       "annotations")
     return remarks
 
 

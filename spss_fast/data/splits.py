@@ -17,6 +17,8 @@ from spss_fast.data.layouts import Case
 from spss_fast.errors import UserError, some
 from spss_fast.settings import Config, DataSettings
 
+Lists = tuple[list[str] | None, list[str] | None]  # the cases of train.list and test.list, None without the file
+
 
 @dataclass
 class Split:
@@ -102,7 +104,7 @@ def _annotated_first(train: list[str], named: Collection[str], count: int) -> li
     return sorted(train, key=lambda name: name not in annotated)
 
 
-def read_lists(data_dir: Path, known: Collection[str]) -> tuple[list[str] | None, list[str] | None]:
+def read_lists(data_dir: Path, known: Collection[str]) -> Lists:
     """What ``train.list`` and ``test.list`` in the data folder name; None for one that is not there.
 
     Raises ``UserError`` for a list that cannot be read or is empty, a name without a scan, and one that is named twice.

@@ -18,8 +18,8 @@ def scan(size=(64, 64, 32), spacing=(1.0, 1.0, 1.0), **changes) -> Measured:
     return Measured(size=size, spacing=spacing, **usual | changes)
 
 
-def proposed(*scans: Measured, data_dir=Path("nowhere"), **given) -> Proposal:
-    return propose(list(scans), data_dir, given, ())
+def proposed(*scans: Measured, data_dir=Path("nowhere"), lists=(None, None), **given) -> Proposal:
+    return propose(list(scans), data_dir, given, (), lists)
 
 
 def measured(tmp_path, image, **options) -> Measured:
@@ -95,6 +95,34 @@ def test_what_is_to_be_ignored_is_no_foreground(labels, tmp_path):
     found = proposed(scan(values=(1, 2)), scan(values=(1,)), data_dir=tmp_path)
     assert found.values["foreground"] == (1,) and "1 (atrium) in 2 of 2" in found.reasons["foreground"]
     assert proposed(scan(values=(1,)), data_dir=tmp_path).values["foreground"] == ()
+
+
+NAMES = [f"s{i:02d}" for i in range(22)]
+
+
+@pytest.mark.parametrize("labelled, train, test, expected", [
+    (NAMES, NAMES, None, 16),
+    (NAMES, NAMES[:12], None, 10),  # two train without
+    (NAMES, None, NAMES[12:], 10),
+    (NAMES[:5], NAMES, None, 5),
+    (NAMES[5:9], NAMES[4:], None, 16),  # the first has no label: as without any, some are to be annotated
+    (NAMES[5:9], None, NAMES[:7], 2),
+    (NAMES[5:9], NAMES[:4], None, 2),
+    (NAMES, None, None, 16),
+])
+def test_annotated_cases_are_those_that_the_lists_leave_to_training(labelled, train, test, expected):
+    scans = [scan(name=name, values=(1,) * (name in labelled), full=name in labelled) for name in NAMES]
+    found = proposed(*scans, lists=(train, test), n_test=4)
+    assert found.values["n_labeled"] == expected
+
+
+def test_labels_that_training_does_not_come_to_are_no_annotations():
+    scans = [scan(name=name, values=(1,) * (name == "b"), full=name == "b") for name in "abcdefgh"]
+    for lists in ((list("abcdefgh"), None), (None, ["b"])):
+        found = proposed(*scans, lists=lists)
+        assert "no scan of those that come first in training has a label" in found.remarks[-1]
+        assert "annotate one slice in this many" in found.reasons["n_labeled"]
+    assert proposed(*scans, lists=(list("bacdefgh"), None)).remarks == []
 
 
 def test_scans_unlike_the_others_are_named():
