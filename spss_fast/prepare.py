@@ -71,9 +71,6 @@ def prepare_folder(
     console, flags, data_dir = console or Console(), dict(flags or {}), Path(data_dir)
     if settings is None:
         out = out or Path(f"{data_dir.resolve().name}.toml")
-        if out.exists():
-            raise UserError(f"{out} exists already: prepare by it with --settings {out}; for new proposals (after "
-                            "annotating, say) remove it, or choose another --out")
     elif out is not None:
         raise UserError("--settings prepares by a file, --out writes one: give one of them")
     cases = find_cases("folder", data_dir)
@@ -89,6 +86,9 @@ def prepare_folder(
             raise UserError(f"{flags['annotations']} annotates {len(annotated)} scan, and training needs {needed}: "
                             f"annotate {needed - len(annotated)} more")
     if settings is None:
+        if out.exists():  # once what is given is known to be right
+            raise UserError(f"{out} exists already: prepare by it with --settings {out}; for new proposals (after "
+                            "annotating, say) remove it, or choose another --out")
         flags["data_dir"] = str(data_dir.resolve())
         measured, failures = _measure(cases, config, data_dir)
         unusable += failures.values()

@@ -51,6 +51,8 @@ def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsy
     assert recorded["annotated"] == {"b": 18, "d": 18}
     with pytest.raises(UserError, match=r"scans.toml exists already: prepare by it with --settings"):
         prepare.main(arguments)
+    with pytest.raises(UserError, match=r"MISSPELT: No such file"):
+        prepare.main([*arguments, "--annotations", "MISSPELT"])
     assert prepare.main(["--data-dir", "scans", "--settings", "scans.toml"]) == 0  # as it was edited
 
 
