@@ -168,6 +168,11 @@ def propose(
         if name not in result.values:
             result.add(name, value, GIVEN.get(name, "as given"))
     result.remarks = _remarks(scans, modality, len(training), labelled, annotated)
+    if _in_plane_ratio(spacing) > UNEVEN:
+        height, width = spacing[:2]
+        result.remarks.append(f"slices have voxels of {height:.2f} x {width:.2f} mm, and training turns them by 90 "
+                              "degrees, which shows what they hold stretched: choose a --resample that makes them "
+                              "about square, or another --plane")
     like_ct = [s.name for s in scans if s.modality == "other" and not s.said and s.lowest < -900 and s.highest > 200]
     if like_ct and result.values["window"] is None:
         low, high = WINDOW
@@ -192,12 +197,14 @@ def _body_crop(scans: list[Measured], modality: str) -> tuple[Any, str]:
 
 
 def _resample(sizes: np.ndarray, spacings: np.ndarray, factor: int) -> tuple[Any, str]:
-    ratio = float((spacings.max(0) / spacings.min(0)).max())
-    voxels = float(np.median(sizes.prod(1)))
-    if ratio <= UNEVEN and voxels <= LARGE:
-        return None, (f"volumes keep their grid: spacings differ by a factor of {ratio:.2f} at most (limit {UNEVEN}), "
-                      f"and the median volume has {voxels / 1e6:.1f} million voxels (limit {LARGE / 1e6:.1f})")
     extent, finest = np.median(sizes * spacings, axis=0), np.median(spacings, axis=0)
+    ratio, within = float((spacings.max(0) / spacings.min(0)).max()), _in_plane_ratio(finest)
+    voxels = float(np.median(sizes.prod(1)))
+    if max(ratio, within) <= UNEVEN and voxels <= LARGE:
+        return None, (f"volumes keep their grid: spacings differ by a factor of {max(ratio, within):.2f} at most, "
+                      f"between scans or within slices (limit {UNEVEN}), and the median volume has "
+                      f"{voxels / 1e6:.1f} million voxels (limit {LARGE / 1e6:.1f})")
+    finest[:2] = finest[:2].min()  # square, as patches are turned
     # the isotropic spacing, or the scans' own where that is coarser, that gives the volume of the published grid
     low, high = float(finest.min()) / 2, float(extent.max())
     for _ in range(60):
@@ -205,10 +212,18 @@ def _resample(sizes: np.ndarray, spacings: np.ndarray, factor: int) -> tuple[Any
         low, high = (middle, high) if np.prod(extent / np.maximum(finest, middle)) > VOLUME_VOXELS else (low, middle)
     counts = extent / np.maximum(finest, high)
     rounded = tuple(max(16, 16 * round(float(n) / 16)) // factor for n in counts)
-    reason = f"spacings differ by a factor of {ratio:.2f}" if ratio > UNEVEN else (
-        f"the median volume has {voxels / 1e6:.0f} million voxels")
+    if ratio > UNEVEN:
+        reason = f"spacings differ by a factor of {ratio:.2f}"
+    elif within > UNEVEN:
+        reason = f"spacings within slices, which training turns by 90 degrees, differ by a factor of {within:.2f}"
+    else:
+        reason = f"the median volume has {voxels / 1e6:.0f} million voxels"
     now = " x ".join(f"{side:.2f}" for side in extent / rounded)
     return rounded, f"{reason}: every volume becomes this many voxels, {now} mm in the median one"
+
+
+def _in_plane_ratio(spacing: np.ndarray) -> float:
+    return float(spacing[:2].max() / spacing[:2].min())
 
 
 def _patch(sizes: np.ndarray, spacing: np.ndarray, budget: int) -> tuple[Any, str]:
@@ -294,7 +309,7 @@ def _remarks(scans: list[Measured], modality: str, training: int, labelled: int,
     if thin:
         remarks.append(f"{len(thin)} labels show one slice or none: {some(thin)}; such a label can be a scan's "
                        "annotation, but nothing is tested on it")
-    if annotated > training - TrainingSettings.batch_unlabeled:
+    if annotated > max(0, training - TrainingSettings.batch_unlabeled):
         remarks.append(f"annotations names {annotated} of the {training} scans to train on, which leaves too few "
                        "without: add scans, or train with --batch-unlabeled 0, on annotated ones alone")
     if not labelled and not annotated:

@@ -83,6 +83,21 @@ def test_voxels_that_are_long_alike_in_all_scans_stay():
     assert proposed(scan(spacing=(0.5, 0.5, 5.0)), scan(spacing=(0.5, 0.5, 2.0))).values["resample"]
 
 
+@pytest.mark.parametrize("size", [(40, 24, 40), (72, 96, 50), (400, 150, 400)])
+@pytest.mark.parametrize("spacing", [(1.0, 3.0, 1.0), (3.0, 1.0, 0.6)])
+def test_slices_that_are_turned_get_square_voxels(size, spacing):
+    found = proposed(scan(size, spacing))
+    made = np.multiply(size, spacing) / found.values["resample"]
+    assert made[0] == pytest.approx(made[1], rel=0.25) and not found.remarks
+    assert np.prod(found.values["resample"]) < 1.25 * VOLUME_VOXELS  # rounded to multiples of 16
+    assert "turns by 90 degrees, differ by a factor of 3.00" in found.reasons["resample"]
+
+
+def test_slices_that_stay_uneven_by_the_users_choice_are_remarked():
+    kept, made = (proposed(scan((64, 32, 64), (1.0, 3.0, 1.0)), resample=grid) for grid in (None, (64, 96, 64)))
+    assert "voxels of 1.00 x 3.00 mm, and training turns them" in kept.remarks[-1] and not made.remarks
+
+
 def test_large_volumes_are_shrunk_along_axes_that_are_finer_than_need_be():
     grid = proposed(scan((512, 512, 100), (0.7, 0.7, 5.0))).values["resample"]
     assert grid == (160, 160, 96) and np.prod(grid) == pytest.approx(VOLUME_VOXELS, rel=0.1)
@@ -123,6 +138,10 @@ def test_labels_that_training_does_not_come_to_are_no_annotations():
         assert "no scan of those that come first in training has a label" in found.remarks[-1]
         assert "annotate one slice in this many" in found.reasons["n_labeled"]
     assert proposed(*scans, lists=(list("bacdefgh"), None)).remarks == []
+
+
+def test_a_lone_scan_without_annotations_is_not_told_of_them():
+    assert not proposed(scan()).remarks
 
 
 def test_scans_unlike_the_others_are_named():
