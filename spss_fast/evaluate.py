@@ -43,7 +43,8 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
     parser.add_argument("--data-dir", type=Path, help="where the run's scans lie now, or a folder of other scans "
                         "(default: where training found them)")
-    parser.add_argument("--stride", help="voxels between windows, like 18,18,4 (default: LA's, in proportion)")
+    parser.add_argument("--stride", help="voxels from window to window, at most the patch, like 18,18,4 (default: "
+                        "LA's, in proportion)")
     parser.add_argument("--units", choices=("voxel", "mm"), default="voxel", help="unit of the distances")
     parser.add_argument("--out", type=Path, help="CSV of the metrics per case, with a JSON of the same name that says "
                         "what was measured (default: RUN/evaluation.csv)")
@@ -99,8 +100,8 @@ def evaluate(
     ``data_dir`` is where the run's data lie now, if it holds cases of all their names, else a folder of which all cases
     with a full label are measured. They are measured as they are prepared for training: on the resampled voxels where
     the run has ``resample``, at half resolution where it has ``downsample = 2``. Distances are in ``units``, ``voxel``
-    or ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, or mm are asked
-    for of HDF5 files, which keep no voxel size.
+    or ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, ``stride``
+    exceeds the run's patch, or mm are asked for of HDF5 files, which keep no voxel size.
     """
     return _measure(run, data_dir, stride, units, device)[:2]
 
@@ -113,6 +114,11 @@ def _measure(
     where = resolve_device(device)
     content = checkpoint.read(RunFolder(run).checkpoint, where)
     config, recorded = checkpoint.config_of(content), RunFolder(run).cases()
+    patch = config.data.patch
+    if stride is not None and any(s > p for p, s in zip(patch, stride)):
+        shown = " x ".join(map(str, patch))
+        raise UserError(f"--stride {','.join(map(str, stride))} exceeds the run's patch of {shown} voxels, and so "
+                        "leaves voxels between the windows: lower it to the patch at most")
     folder = Path(data_dir or recorded["data_dir"])
     if data_dir is None and not folder.is_dir():
         raise UserError(f"the run's data folder {folder} does not exist: if it has moved, say where to with --data-dir")
@@ -123,7 +129,7 @@ def _measure(
                         "out, to measure in voxels")
     student = load_student(content, where)
     rows = evaluate_cases(
-        student, cases, config, stride or window_stride(config.data.patch), resolve_amp(config.training.amp, where),
+        student, cases, config, stride or window_stride(patch), resolve_amp(config.training.amp, where),
         spacing=units == "mm",
     )
     meaning = described(rows, recorded, folder, foreign)

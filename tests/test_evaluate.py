@@ -9,6 +9,7 @@ import pytest
 from spss_fast import evaluate, metrics
 from spss_fast.config import resolve
 from spss_fast.engine.evaluation import evaluate_cases
+from spss_fast.errors import UserError
 from tests.data.writing import ball, write_image
 from tests.engine.thresholding import thresholding_weights, write_run
 
@@ -45,3 +46,10 @@ def test_the_stride_that_is_given_reaches_the_windows_and_the_unit_the_summary(r
     about = json.loads((run / "evaluation.json").read_text())
     assert about["units"] == "mm"
     assert about["measured"] == "held-out cases; training stopped at iteration 1 of 6000"
+
+
+def test_a_stride_beyond_the_patch_is_refused_before_anything_is_prepared(run, tmp_path):
+    said = r"--stride 32,32,17 exceeds the run's patch of 32 x 32 x 16 voxels.*lower it"
+    with pytest.raises(UserError, match=said):
+        evaluate.main(["--run", str(run), "--stride", "32,32,17"])
+    assert not (tmp_path / "cache").exists()

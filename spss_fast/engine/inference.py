@@ -70,7 +70,10 @@ def sliding_window(
     ``mirror`` averages over in-plane flips, for four times the work. ``statistics`` ``"case"`` first replaces the
     running batch-norm statistics by those of the image's own windows, half a patch apart, which takes a scan's contrast
     out: prediction-time batch normalisation (Nado et al., 2020). The network's mode (training or not) is the caller's.
+    Raises ``ValueError`` for a stride beyond the patch, which would leave voxels out.
     """
+    if any(s > p for p, s in zip(patch, stride)):
+        raise ValueError(f"the stride {tuple(stride)} exceeds the patch {tuple(patch)}")
     device = next(network.parameters()).device
     image, inside = padded(image.to(device).float(), patch)
     profiles = [_profile(p, gaussian).to(device) for p in patch]

@@ -52,6 +52,15 @@ def test_windows_of_a_pointwise_network_give_its_answer(shape):
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_a_stride_that_leaves_voxels_out_is_refused(axis):
+    patch, stride = (16, 16, 8), [16, 16, 8]
+    sliding_window(_Pointwise(), torch.zeros(40, 40, 20), patch, stride)
+    stride[axis] += 1
+    with pytest.raises(ValueError, match=r"exceeds the patch \(16, 16, 8\)"):
+        sliding_window(_Pointwise(), torch.zeros(40, 40, 20), patch, stride)
+
+
 class _Position(nn.Module):
     """Logits that depend on where in its window a voxel lies, so that the blending of windows shows."""
 
