@@ -10,6 +10,7 @@ import gzip
 import os
 import struct
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +22,7 @@ from spss_fast.data.geometry import Grid
 from spss_fast.errors import UserError, reason
 
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+ROUNDING = 0.02  # how far a label value may lie from a whole number: a NIfTI file's scale moves them a little
 
 
 def ending(path: Path) -> str:
@@ -73,9 +75,10 @@ def _header(path: Path) -> sitk.ImageFileReader:
     except RuntimeError as error:
         if path.exists() and not os.access(path, os.R_OK):  # of which ITK says that it does not exist
             raise UserError(f"{path} cannot be opened (permission denied): make it readable") from error
-        if "spacing" in str(error).lower():
+        said = str(error).replace(str(path), "")  # a path may hold any word
+        if "spacing" in said.lower():
             raise UserError(f"{path} has a voxel spacing of zero: correct its header") from error
-        if "orthonormal" in str(error):
+        if "orthonormal" in said:
             raise UserError(f"{path} has axes that are not at right angles to each other, or none at all (its sform): "
                             "resample the scan onto ones that are, or correct its header") from error
         if _is_nifti2(path):  # ITK 5.4 knows NIfTI-1 only
@@ -85,19 +88,32 @@ def _header(path: Path) -> sitk.ImageFileReader:
         raise UserError(f"{path} has {reader.GetDimension()} dimensions instead of 3: store one volume per file")
     if reader.GetNumberOfComponents() != 1:
         raise UserError(f"{path} holds {reader.GetNumberOfComponents()} values per voxel (a colour image?): store one")
-    for spacing in (reader.GetSpacing(), _nifti_spacing(path)):
+    stated = _nifti_spacings(path)
+    for spacing in (reader.GetSpacing(), *stated):
         if not (np.isfinite(spacing).all() and np.all(np.abs(spacing) > 0)):
-            shown = tuple(round(float(side), 4) for side in spacing)
-            raise UserError(f"{path} has the voxel spacing {shown}: correct its header")
+            raise UserError(f"{path} has the voxel spacing {_shown(spacing)}: correct its header")
+    if len(stated) == 2 and not np.allclose(np.abs(stated[0]), stated[1], rtol=0.01):
+        raise UserError(f"{path} has two voxel spacings, {_shown(stated[0])} by its pixdim and {_shown(stated[1])} by "
+                        "its sform: correct the one in its header that is wrong, or convert the scan anew")
     return reader
 
 
-def _nifti_spacing(path: Path) -> tuple[float, ...]:
-    """The spacing as a NIfTI header has it, where ITK makes 1 mm of 0; empty for other files."""
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        return ()
-    header = nifti_start(path, 92)
-    return struct.unpack_from(byte_order(header) + "3f", header, 80)
+def _nifti_spacings(path: Path) -> list[tuple[float, ...]]:
+    """The spacings that a NIfTI header states: its pixdim, of which ITK makes 1 mm where it is 0, and where it has an
+    sform the lengths of its columns, which ITK passes over. Empty for other files."""
+    if ending(path) not in (".nii", ".nii.gz"):
+        return []
+    header = nifti_start(path, 348)
+    order = byte_order(header)
+    pixdim = struct.unpack_from(order + "3f", header, 80)
+    if struct.unpack_from(order + "h", header, 254)[0] <= 0:
+        return [pixdim]
+    rows = np.reshape(struct.unpack_from(order + "12f", header, 280), (3, 4))
+    return [pixdim, tuple(np.linalg.norm(rows[:, :3], axis=0))]
+
+
+def _shown(spacing: Iterable[float]) -> tuple[float, ...]:
+    return tuple(round(float(side), 4) for side in spacing)
 
 
 def nifti_start(path: Path, length: int) -> bytes:
@@ -211,12 +227,16 @@ def padding_before(image: Grid, label: Grid, image_path: Path, label_path: Path)
 
 
 def whole_numbers(label: np.ndarray, path: Path) -> np.ndarray:
-    """A label map as uint8, or ``UserError`` where its values are not whole numbers from 0 to 255."""
+    """A label map as uint8, or ``UserError`` where its values are not whole numbers from 0 to 255, but for
+    ``ROUNDING``."""
     if label.dtype == np.uint8:
         return label
     if label.dtype.kind == "b":
         return label.astype(np.uint8)
-    whole = label.dtype.kind in "iu" or (np.isfinite(label).all() and (label == np.round(label)).all())
-    if not (whole and label.min() >= 0 and label.max() <= 255):
-        raise UserError(f"{path} is not a label map: its values must be whole numbers from 0 to 255")
-    return label.astype(np.uint8)
+    whole = np.rint(label) if label.dtype.kind == "f" else label
+    with np.errstate(invalid="ignore"):  # infinity less itself
+        good = (whole >= 0) & (whole <= 255) & (np.abs(label - whole) <= ROUNDING)
+    if not good.all():
+        raise UserError(f"{path} is not a label map: its values must be whole numbers from 0 to 255, and one is "
+                        f"{label[~good][0]:.4g}")
+    return whole.astype(np.uint8)

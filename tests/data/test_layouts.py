@@ -175,6 +175,20 @@ def test_axes_that_are_not_at_right_angles(tmp_path):
     refused(case, "not at right angles", "resample the scan")
 
 
+def test_an_sform_of_another_spacing(tmp_path):
+    """ITK would go by pixdim, with a warning."""
+    case = good(tmp_path)[0]
+    content = bytearray(gzip.decompress(case.image.read_bytes()))
+    column = struct.unpack_from("<9f", content, 280)[::4]
+    for factor in (1.005, 2):
+        for row, value in enumerate(column):
+            struct.pack_into("<f", content, 280 + 16 * row, factor * value)
+        case.image.write_bytes(gzip.compress(bytes(content)))
+        if factor < 2:
+            read_case(case)
+    refused(case, str(case.image), "(3.0, 0.8, 0.8) by its pixdim and (6.0, 0.8, 0.8) by its sform", "correct")
+
+
 def test_truncated_nrrd(tmp_path):
     write_la(tmp_path, 1)
     case = find_cases("la", tmp_path)[0]
@@ -183,8 +197,10 @@ def test_truncated_nrrd(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image at all" * 30])
-def test_unreadable(tmp_path, content):
-    case = good(tmp_path)[0]
+@pytest.mark.parametrize("folder", ["scans", "iso_spacing", "orthonormal"])
+def test_unreadable(tmp_path, content, folder):
+    """Whatever words its path holds."""
+    case = good(tmp_path / folder)[0]
     case.image.write_bytes(content)
     refused(case, str(case.image), "cannot be read")
 
@@ -254,7 +270,18 @@ def test_label_that_is_no_label_map(tmp_path, spoiled):
     label = label.astype(np.float32)
     label[0, 0, 0] = spoiled
     write_image(case.label, label, (3.0, 0.8, 0.8), KITS)
-    refused(case, str(case.label), "whole numbers from 0 to 255")
+    refused(case, str(case.label), "whole numbers from 0 to 255", f"one is {spoiled:g}")
+
+
+def test_label_values_that_a_scale_moved_a_little(tmp_path):
+    """As nibabel writes float64 into uint8: 2 / 255 a step, in which 1 is no whole number."""
+    case, _, label = good(tmp_path)
+    label[0, 0, 0] = 2
+    write_image(case.label, np.where(label == 1, 127, 255 * (label == 2)).astype(np.uint8), (3.0, 0.8, 0.8), KITS)
+    content = bytearray(gzip.decompress(case.label.read_bytes()))
+    struct.pack_into("<2f", content, 112, 2 / 255, 0)
+    case.label.write_bytes(gzip.compress(bytes(content)))
+    np.testing.assert_array_equal(read_case(case).label, label.transpose(2, 1, 0)[:, :, ::-1])
 
 
 def test_zero_spacing(tmp_path):
