@@ -21,6 +21,7 @@ from spss_fast.data.annotations import (
 )
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_folder, propose, to_toml
+from spss_fast.data.folders import left_out
 from spss_fast.data.layouts import Case, find_cases, source_grid
 from spss_fast.data.parallel import parallel
 from spss_fast.data.splits import Lists, read_lists
@@ -75,6 +76,8 @@ def prepare_folder(
         raise UserError("--settings prepares by a file, --out writes one: give one of them")
     cases = find_cases("folder", data_dir)
     lists = read_lists(data_dir, {case.name for case in cases})
+    for line in left_out(data_dir):
+        say(console, line)
     config = resolve("folder", flags, settings)
     unusable, annotated = [], []
     if config.data.annotations:

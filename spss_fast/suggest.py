@@ -19,6 +19,7 @@ from spss_fast.data.annotation_export import (
     write_table,
 )
 from spss_fast.data.cache import PreparedCase, prepare
+from spss_fast.data.folders import left_out
 from spss_fast.data.geometry import PLANES
 from spss_fast.data.layouts import find_cases, sources
 from spss_fast.data.selection import distances, halving_slice, k_medoids, thumbnail
@@ -76,6 +77,8 @@ def suggest(
     folder = Path(settings.data_dir)
     refuse_among_scans(out, [folder], "copies of them")
     found = {case.name: case for case in find_cases(settings.dataset, folder)}
+    for line in left_out(folder):
+        say(console, line)
     trained, tested = read_lists(folder, found)
     listed = read_table(out)
     wanted = budget - len(listed)
@@ -86,9 +89,9 @@ def suggest(
     fixed = tuple(item.case for item in listed if item.case in {case.name for case in pool})
     if wanted > len(pool) - len(fixed):
         others = len(found) - len(pool)
-        left_out = f", {others} more are in test.list or not in train.list" if others else ""
+        unlisted = f", {others} more are in test.list or not in train.list" if others else ""
         raise UserError(f"--budget {budget} needs {wanted} scans more than {out} holds, but {folder} has "
-                        f"{len(pool) - len(fixed)}{left_out}: lower it, or add scans")
+                        f"{len(pool) - len(fixed)}{unlisted}: lower it, or add scans")
     prepared = prepare([replace(case, label=None) for case in pool], settings)
     chosen = choose(prepared, len(fixed) + wanted, fixed)
     _refuse_planes(chosen, listed)

@@ -14,7 +14,7 @@ from spss_fast.data.images import read_grid
 from spss_fast.data.splits import make_split
 from spss_fast.errors import UserError
 from tests.data.test_annotations import annotate
-from tests.data.writing import ball, write_image, write_series
+from tests.data.writing import ball, write_image, write_object, write_series
 
 SMALL = {
     "filters": 2, "iterations": 1, "registration_epochs": 1, "registration_steps": 1, "registration_pairs": 2,
@@ -69,6 +69,15 @@ def test_slices_of_padded_annotations_are_named_as_the_scan_counts_them(tmp_path
     flags = {"cache_dir": str(tmp_path / "cache"), "workers": 1, "annotations": str(tmp_path / "todo")}
     prepare.prepare_folder(tmp_path / "scans", tmp_path / "mine.toml", flags=flags, console=said)
     assert "a: axial slice 10 (axis 2 of the file), label value 1" in said.file.getvalue()
+
+
+def test_dicom_that_is_no_scan_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("abcd"):
+        write_series(tmp_path / "scans" / name / "CT", ball((32, 32, 24), i)[0])
+    write_object(tmp_path / "scans" / "a" / "RTSTRUCT" / "1.dcm", "RTSTRUCT")
+    assert prepare.main(["--data-dir", "scans", "--cache-dir", "cache", "--workers", "1"]) == 0
+    assert "left out, as no scan: 1 DICOM RTSTRUCT (a/RTSTRUCT/1.dcm); a label must be" in capsys.readouterr().out
 
 
 def test_annotations_of_nearly_all_scans_need_training_without_unlabelled_ones(tmp_path):

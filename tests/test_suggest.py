@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import struct
 import subprocess
 import sys
@@ -24,7 +25,17 @@ from spss_fast.data.sampling import training_volumes
 from spss_fast.data.viewers import slicer_view
 from spss_fast.errors import UserError
 from spss_fast.nets.regnet import RegistrationNet
-from tests.data.writing import KITS, ball, prepared, settings_of, write_h5, write_image, write_kits, write_la
+from tests.data.writing import (
+    KITS,
+    ball,
+    prepared,
+    settings_of,
+    write_h5,
+    write_image,
+    write_kits,
+    write_la,
+    write_object,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # the standard views as 3D Slicer itself writes them (orientationMatrixAxial and so on, of a scene)
@@ -111,6 +122,15 @@ def check_case(out: Path, item: Suggestion, scan: sitk.Image) -> None:
     outside[inside] = False
     assert (values[outside] == expected.min()).all()
     check_viewers(folder, item.axis)
+
+
+def test_dicom_that_is_no_scan_is_said(tmp_path):
+    write_image(tmp_path / "scans" / "a.nii.gz", ball()[0])
+    write_object(tmp_path / "scans" / "a" / "1.dcm", "SEG")
+    said = Console(file=io.StringIO())
+    settings = settings_of("folder", tmp_path, data_dir=str(tmp_path / "scans")).data
+    suggest.suggest(settings, tmp_path / "todo", 1, said)
+    assert "left out, as no scan: 1 DICOM SEG (a/1.dcm); a label must be" in said.file.getvalue()
 
 
 def test_a_folder_to_annotate_in(tmp_path, capsys):

@@ -6,6 +6,7 @@ first, so that a series with missing, doubled or mixed slices is refused instead
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from spss_fast.data.geometry import Grid
 from spss_fast.errors import UserError, reason
 
 GAP = 0.1  # how far a distance between slices may lie from the usual one, in parts of that
+NO_SCANS = ("SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "PR", "SR", "KO", "REG")  # modalities
+LABELS = ("SEG", "RTSTRUCT")  # those of them that hold a label
+HEAD = 8192  # bytes of a file in which its ImageType and Modality lie
 TILT = 0.5  # degrees between the slices' normal and the line that they are stacked along, which a gantry may tilt
 
 
@@ -40,9 +44,35 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
+def no_scan(path: Path) -> str:
+    """What a DICOM file is where that is no part of a scan: one of ``NO_SCANS``, or a localizer; empty for others.
+
+    Its own bytes are looked at, as GDCM reads none that holds no image.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+    except OSError:
+        return ""
+    modality = _code(head, 0x60)
+    if modality in NO_SCANS:
+        return modality
+    return "localizer" if "LOCALIZER" in _code(head, 0x08) else ""
+
+
+def _code(head: bytes, element: int) -> str:
+    """The value of tag (0008, ``element``) in little endian, whether its type (CS) is written there or implicit; empty
+    where there is none."""
+    found = re.search(rb"\x08\0%c\0(?:CS(..)|(..)\0\0)" % element, head, re.DOTALL)
+    if found is None:
+        return ""
+    length = int.from_bytes(found[1] or found[2], "little")
+    return head[found.end() : found.end() + length].decode("ascii", "replace").strip(" \0")
+
+
 def has_series(files: Iterable[Path]) -> bool:
-    """Whether there is a DICOM file among ``files``, which may lie beside a DICOMDIR and notes."""
-    return any(is_dicom(path) for path in files if path.name != "DICOMDIR")
+    """Whether there is a DICOM file of a scan among ``files``, which may lie beside a DICOMDIR, notes and others."""
+    return any(is_dicom(path) and not no_scan(path) for path in files if path.name != "DICOMDIR")
 
 
 def read_series(folder: Path) -> sitk.Image:
@@ -68,20 +98,23 @@ def series_grid(folder: Path) -> Grid:
 
 
 def find_slices(folder: Path) -> Slices:
-    """The files of the one series in ``folder``, found to be complete.
+    """The files of the one series in ``folder``, found to be complete; what is :func:`no_scan` is passed over.
 
     Raises ``UserError`` for none or several series, colour, slices of different size or direction, missing or doubled
     slices and a tilted gantry.
     """
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
-    if not series:
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "DICOMDIR"]
+    passed = {path.name for path in files if no_scan(path)}
+    series = (sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
+              for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    names = [kept for part in series if (kept := [name for name in part if Path(name).name not in passed])]
+    if not names:
         raise UserError(f"{folder} holds no DICOM series that can be read: export it again")
-    names = [list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)) for uid in series]
-    if len(series) > 1:
-        raise UserError(f"{folder} mixes {len(series)} DICOM series ({', '.join(str(len(part)) for part in names)} "
+    if len(names) > 1:
+        raise UserError(f"{folder} mixes {len(names)} DICOM series ({', '.join(str(len(part)) for part in names)} "
                         "files): put each into a folder of its own")
-    others = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != "DICOMDIR" and
-              is_dicom(path) and str(path) not in set(names[0])]
+    known = passed | {Path(name).name for name in names[0]}
+    others = [path for path in files if is_dicom(path) and path.name not in known]
     if others:  # GDCM passes over them, and the series would only be shorter
         raise UserError(f"{others[0]} is no slice that can be read (damaged, or no image): export it again, or take it "
                         "away")
@@ -95,7 +128,8 @@ def find_slices(folder: Path) -> Slices:
     if len(headers) > 1:
         return _stacked(folder, names[0], headers, grid, modality)
     if grid.size[2] == 1:
-        raise UserError(f"{folder} holds a single DICOM slice: a scan needs all of its slices; export it again")
+        raise UserError(f"{folder} holds a single DICOM slice: a scan needs all of its slices; export it again, or "
+                        "take it away where it is a localizer")
     return Slices(names[0], grid, modality)
 
 

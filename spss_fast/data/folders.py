@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spss_fast.data.dicom import has_series
+from spss_fast.data.dicom import LABELS, has_series, is_dicom, no_scan
 from spss_fast.data.images import ENDINGS, stem
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 
 DEPTH = 4  # folders below the data folder in which plain scans are looked for: patient/study/series, and one more
 LONGEST = 200  # bytes of a case's name: file systems allow 255, some of which what it is followed by takes
@@ -141,7 +141,20 @@ def find_images(data_dir: Path) -> list[tuple[str, Path]]:
     return [(item.case, item.path) for item in _items(data_dir) if item.role == "image"]
 
 
-def _items(data_dir: Path) -> Iterator[_Item]:
+def left_out(data_dir: Path) -> list[str]:
+    """What lies in a folder as DICOM but is no scan, and so is left out: a line for the user for each kind."""
+    found: dict[str, list[Path]] = {}
+    for _, _, files in _walk(data_dir):
+        for path in files:
+            if not stem(path) and is_dicom(path) and (kind := no_scan(path)):
+                found.setdefault(kind, []).append(path.relative_to(data_dir))
+    mend = "; a label must be NIfTI or NRRD, which 3D Slicer exports for one"
+    return [f"left out, as no scan: {len(paths)} DICOM {kind} ({some(paths)}){mend * (kind in LABELS)}"
+            for kind, paths in found.items()]
+
+
+def _walk(data_dir: Path) -> Iterator[tuple[Path, tuple[str, ...], list[Path]]]:
+    """Each folder of a plain one, its parts below that, and the files in it, all by name and none hidden."""
     for parent, folders, names in os.walk(data_dir, onerror=_refuse_closed, followlinks=True):
         folder = Path(parent)
         parts = folder.relative_to(data_dir).parts
@@ -149,7 +162,11 @@ def _items(data_dir: Path) -> Iterator[_Item]:
         folders[:] = sorted(name for name in folders if not name.startswith(".") and len(parts) < DEPTH
                             and not os.path.isdir(folder / name / "imagesTr")
                             and not folder.resolve().is_relative_to((folder / name).resolve()))
-        files = [folder / name for name in sorted(names) if not name.startswith(".")]
+        yield folder, parts, [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _items(data_dir: Path) -> Iterator[_Item]:
+    for folder, parts, files in _walk(data_dir):
         roles = {_role_of(part) for part in parts}
         inside = [part for part in parts if _role_of(part) is None]
         for path in files:

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.data.folders import FOLDERS
+from spss_fast.data.folders import FOLDERS, left_out
 from spss_fast.data.geometry import Grid, oriented
 from spss_fast.data.images import check_image, check_match, padding_before, read_grid, read_image, whole_numbers
 from spss_fast.errors import UserError, reason
@@ -93,7 +93,8 @@ def find_cases(dataset: str, data_dir: Path) -> list[Case]:
         levels = deeper.relative_to(data_dir).parts
         raise UserError(f"no scans in {data_dir}, but below it: give {data_dir / levels[0]} as the data folder")
     looked = "" if dataset == "folder" else f" (looked for {wanted})"  # sources says it already
-    raise UserError(f"no scans in {data_dir}{looked}: {sources(dataset)}")
+    others = "".join(f"; {line}" for line in left_out(data_dir))
+    raise UserError(f"no scans in {data_dir}{looked}: {sources(dataset)}{others}")
 
 
 def _pattern(layout: str) -> str:

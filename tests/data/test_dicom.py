@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from spss_fast.data.folders import left_out
 from spss_fast.data.images import files_of, read_grid, read_image
 from spss_fast.data.layouts import Case, find_cases, read_case, source_grid
 from spss_fast.errors import UserError
-from tests.data.writing import write_image, write_series
+from tests.data.writing import write_image, write_object, write_series
 
 ARRAY = np.random.default_rng(0).integers(-1000, 1000, (20, 16, 8))
 
@@ -68,6 +69,35 @@ def test_a_localizer_of_the_same_series(tmp_path):
     write_series(tmp_path / "p1", ARRAY[:, :, :1], axes=((1, 0, 0), (0, 0, -1)), along=(0, 1, 0), first=100)
     with pytest.raises(UserError, match=r"dcm differs in size, pixel spacing or direction from .*keep one series"):
         read_image(tmp_path / "p1")
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+@pytest.mark.parametrize("modality", ["SEG", "RTSTRUCT", "RTDOSE", "RTPLAN", "PR", "SR", "KO", "REG"])
+def test_what_is_no_scan_is_left_out(tmp_path, modality, explicit):
+    """Among the slices, in a folder beside them and in one that would be taken for the same case."""
+    write_series(tmp_path / "p1" / "CT", ARRAY)
+    for name in ("p1/CT/x.dcm", "p1/300/x.dcm", "p1/SEG/x"):
+        write_object(tmp_path / name, modality, explicit)
+    case, = find_cases("folder", tmp_path)
+    np.testing.assert_array_equal(read_case(case).image, ARRAY)
+    line, = left_out(tmp_path)
+    assert f"3 DICOM {modality} (p1/300/x.dcm, p1/CT/x.dcm, p1/SEG/x)" in line
+    assert ("NIfTI or NRRD" in line) == (modality in ("SEG", "RTSTRUCT"))
+
+
+def test_segmentations_and_localizers_that_are_read_as_images_are_left_out(tmp_path):
+    localizer = {"kind": "ORIGINAL\\PRIMARY\\LOCALIZER", "first": 100}
+    write_series(tmp_path / "p1" / "2-CT", ARRAY)
+    write_series(tmp_path / "p1" / "2-CT", ARRAY[:, :, :1], uid="1.2.4", **localizer)
+    write_series(tmp_path / "p1" / "1-scout", ARRAY[:, :, :2], **localizer)
+    write_series(tmp_path / "p1" / "300-Segmentation", ARRAY > 0, modality="SEG")
+    case, = find_cases("folder", tmp_path)
+    assert case.name == "p1_2-CT"
+    np.testing.assert_array_equal(read_case(case).image, ARRAY)
+    localizers, segmentations = left_out(tmp_path)
+    assert "3 DICOM localizer (p1/1-scout/0101.dcm, " in localizers and "8 DICOM SEG (" in segmentations
+    with pytest.raises(UserError, match=r"no scans in .*300-Segmentation: .*; left out, as no scan: 8 DICOM SEG"):
+        find_cases("folder", tmp_path / "p1" / "300-Segmentation")
 
 
 def test_doubled_slices(tmp_path):

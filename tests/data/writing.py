@@ -1,5 +1,6 @@
 """Small scans written to disk for the tests, in every layout."""
 
+import struct
 from pathlib import Path
 
 import h5py
@@ -29,12 +30,12 @@ def write_image(path: Path, array: np.ndarray, spacing=(1.0, 1.0, 1.0), directio
 
 def write_series(
     folder: Path, array: np.ndarray, spacing=(0.8, 0.9, 3.0), axes=((1, 0, 0), (0, 1, 0)), along=(0, 0, 1), uid="1.2.3",
-    modality="CT", skip=(), first=0,
+    modality="CT", skip=(), first=0, kind="ORIGINAL\\PRIMARY\\AXIAL",
 ):
     """Writes ``array``, its slices last, as a DICOM series: a file per slice, but for those in ``skip``.
 
     ``axes`` are the directions of columns and rows, ``along`` that in which slices follow each other ``spacing[2]`` mm
-    apart; files are numbered from ``first``, against the order of their positions.
+    apart; files are numbered from ``first``, against the order of their positions. ``kind`` is their ImageType.
     """
     folder.mkdir(parents=True, exist_ok=True)
     writer = sitk.ImageFileWriter()
@@ -45,6 +46,7 @@ def write_series(
         text = "\\".join
         for tag, value in {
             "0008|0060": modality, "0008|0018": f"{uid}.{first + k + 1}", "0020|000d": f"{uid}.1000", "0020|000e": uid,
+            "0008|0008": kind,
             "0020|0013": str(k + 1), "0020|0032": text(str(k * spacing[2] * part) for part in along),
             "0020|0037": text(str(part) for axis in axes for part in axis), "0018|0050": str(spacing[2]),
             "0028|0030": f"{spacing[1]}\\{spacing[0]}", "0028|1052": "-1024", "0028|1053": "1",
@@ -52,6 +54,14 @@ def write_series(
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{first + array.shape[2] - k:04d}.dcm"))
         writer.Execute(image)
+
+
+def write_object(path: Path, modality: str, explicit=True):
+    """A DICOM file of ``modality`` without an image, its fields with their types (``explicit``) or without."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    value = modality.encode() + b" " * (len(modality) % 2)
+    field = b"CS" + struct.pack("<H", len(value)) if explicit else struct.pack("<I", len(value))
+    path.write_bytes(bytes(128) + b"DICM" + b"\x08\0\x60\0" + field + value)
 
 
 def ball(shape=(40, 36, 24), seed=0) -> tuple[np.ndarray, np.ndarray]:
