@@ -21,9 +21,10 @@ from spss_fast.errors import UserError, some
 DEPTH = 4  # folders below the data folder in which plain scans are looked for: patient/study/series, and one more
 LONGEST = 200  # bytes of a case's name: file systems allow 255, some of which what it is followed by takes
 WORDS = {
-    "label": "labels?|segmentations?|seg|masks?|gt|laendo",
+    "label": "labels?|segmentations?|seg|masks?|msks?|gt|ground[-_. ]?truth|annotations?|rois?|contours?|laendo",
     "image": "images?|imgs?|imaging|scans?|volumes?|ct|mri?|lgemri",
 }
+SEPARATOR = "[-_. ]"  # between the words of a name
 # what `suggest` exports beside an image: one annotated slice is no label map
 ANNOTATION = "annotation"
 
@@ -106,11 +107,15 @@ def _paired(images: dict[str, Path], labels: dict[str, Path], where: Path) -> li
 
 
 class _Item(NamedTuple):
-    """An image or a label in a plain folder, and the case that its name says it belongs to."""
+    """An image or a label in a plain folder, and the case that its name says it belongs to.
+
+    ``before`` are the cases whose label it may be instead, by a word for labels in the middle of its name.
+    """
 
     role: str
     case: str
     path: Path
+    before: tuple[str, ...] = ()
 
 
 def find_plain(data_dir: Path) -> list[Found]:
@@ -118,22 +123,45 @@ def find_plain(data_dir: Path) -> list[Found]:
 
     A case is a file (``CASE.nii.gz``) or a folder that holds one image (``CASE/image.nii.gz``, whatever its name) or
     DICOM series. Its label says so by a word of ``WORDS`` as its whole name (``CASE/label.nii.gz``), at its end
-    (``CASE_seg.nii.gz``) or beginning (``segmentation-7.nii`` beside ``volume-7.nii``), or by its folder
-    (``labels/CASE.nii.gz`` beside ``images/CASE.nii.gz``). A case in folders within folders is named after all of
-    them, joined by ``_``.
+    (``CASE_seg.nii.gz``) or beginning (``mask_CASE.nii.gz``, ``segmentation-7.nii`` beside ``volume-7.nii``), in the
+    middle where there is an image of what stands before it (``CASE_seg_v2.nii.gz`` beside ``CASE.nii.gz``), or by its
+    folder (``labels/CASE.nii.gz`` beside ``images/CASE.nii.gz``). A case in folders within folders is named after all
+    of them, joined by ``_``.
     """
-    found: dict[str, dict[str, Path]] = {"image": {}, "label": {}}
-    for role, case, path in _items(data_dir):
-        other = found[role].setdefault(case, path)
-        if other is not path:
-            raise UserError(
-                f"{other} and {path.name} in {path.parent} both look like the {role} of the case {case}: keep one "
-                "(a single channel); a folder of several cases is a data folder of its own")
-    images, labels = found["image"], {}
-    numbers = {_number(case): case for case in images}
-    for case, path in found["label"].items():
-        labels[case if case in images else numbers.get(_number(case), case)] = path
+    images: dict[str, Path] = {}
+    labels: dict[str, Path] = {}
+    items = _items(data_dir)
+    for item in items:
+        if item.role == "image":
+            _add(images, item.case, item)
+    alike: dict[str, list[str]] = {}
+    for case in images:
+        alike.setdefault(_bare(case), []).append(case)
+    for item in items:
+        if item.role == "label":
+            bare = _bare(item.case)
+            same = [case for case in (item.case, bare) if case in images][:1] or alike.get(bare, [])
+            _add(labels, same[0] if len(same) == 1 else item.case, item)
+    _refuse_single(data_dir, images, labels)
     return _paired(images, labels, data_dir)
+
+
+def _add(found: dict[str, Path], case: str, item: _Item) -> None:
+    other, path = found.setdefault(case, item.path), item.path
+    if other is not path:
+        raise UserError(
+            f"{other} and {path.name} in {path.parent} both look like the {item.role} of the case {case}: keep one (a "
+            "single channel); a folder of several cases is a data folder of its own")
+
+
+def _refuse_single(data_dir: Path, images: dict[str, Path], labels: dict[str, Path]) -> None:
+    """``UserError`` for the folder of one case, as ``CASE`` that holds ``image.nii.gz`` and ``label.nii.gz``."""
+    if len(images) != 1 or data_dir not in (image := next(iter(images.values())), image.parent):
+        return
+    for case, path in labels.items():
+        if case not in images and path.parent == data_dir and _role_of(stem(path)) == "label":
+            raise UserError(f"{data_dir} is the folder of a single case, whose label is {path.name}: give the folder "
+                            f"that it lies in, {data_dir.resolve().parent}, as the data folder")
 
 
 def find_images(data_dir: Path) -> list[tuple[str, Path]]:
@@ -165,7 +193,21 @@ def _walk(data_dir: Path) -> Iterator[tuple[Path, tuple[str, ...], list[Path]]]:
         yield folder, parts, [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
-def _items(data_dir: Path) -> Iterator[_Item]:
+def _items(data_dir: Path) -> list[_Item]:
+    """What a plain folder holds, those first whose names say the least."""
+    items = sorted(_files_and_series(data_dir), key=lambda item: len(item.before))
+    cases: set[str] = set()
+    for place, item in enumerate(items):
+        owner = next((case for case in reversed(item.before) if case in cases), None)
+        if owner is not None:
+            items[place] = item._replace(role="label", case=owner)
+        elif item.role == "image":
+            cases.add(item.case)
+    return items
+
+
+def _files_and_series(data_dir: Path) -> Iterator[_Item]:
+    """Each as what its own name and its folders say."""
     for folder, parts, files in _walk(data_dir):
         roles = {_role_of(part) for part in parts}
         inside = [part for part in parts if _role_of(part) is None]
@@ -189,13 +231,21 @@ def _role_of(text: str) -> str | None:
     return next((role for role, words in WORDS.items() if re.fullmatch(words, text)), None)
 
 
+def says_label(path: Path) -> bool:
+    """Whether the name of a file says that it is a label map."""
+    return "label" in (_role_of(stem(path)), _split(stem(path))[0])
+
+
 def _item(path: Path, folders: list[str], role: str | None) -> _Item:
     """What a file is: by ``role``, the one its folders give it, else by its own name."""
-    name = stem(path)
+    name, before = stem(path), []
     said = _role_of(name)
     if said is None:
+        words = re.finditer(rf"(?<=.){SEPARATOR}({WORDS['label']})\d*(?={SEPARATOR}|$)", name, re.IGNORECASE)
+        before = [name[: word.start()] for word in words]
         said, name = _split(name)
-    return _Item(role or said or "image", _joined(folders, path) or name, path)
+    joined = _joined(folders, path)
+    return _Item(role or said or "image", joined or name, path, tuple(joined or part for part in before))
 
 
 def _joined(folders: list[str], path: Path) -> str:
@@ -210,17 +260,17 @@ def _joined(folders: list[str], path: Path) -> str:
 def _split(name: str) -> tuple[str | None, str]:
     """The role that a name's last or first word says, and the name without it where it was the last."""
     for role, words in WORDS.items():
-        if match := re.fullmatch(rf"(.+)[-_. ]({words})", name, re.IGNORECASE):
+        if match := re.fullmatch(rf"(.+){SEPARATOR}({words})", name, re.IGNORECASE):
             return role, match[1]
     for role, words in WORDS.items():
-        if re.fullmatch(rf"({words})[-_. ]?\d.*", name, re.IGNORECASE):
+        if re.fullmatch(rf"({words})({SEPARATOR}.|\d).*", name, re.IGNORECASE):
             return role, name
     return None, name
 
 
-def _number(name: str) -> str:
+def _bare(name: str) -> str:
     """A name without the word that begins it: what ``volume-7`` and ``segmentation-7`` have in common."""
-    return re.sub(rf"^({'|'.join(WORDS.values())})[-_. ]?(?=\d)", "", name, flags=re.IGNORECASE)
+    return re.sub(rf"^({'|'.join(WORDS.values())})({SEPARATOR}(?=.)|(?=\d))", "", name, flags=re.IGNORECASE)
 
 
 FOLDERS = {

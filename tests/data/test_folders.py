@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,19 @@ def found(folder):
     (["volume-0.nii", "segmentation-0.nii"], {"volume-0": ("volume-0.nii", "segmentation-0.nii")}),
     (["ct_0001.nii.gz", "ct_0001_mask.nii.gz"], {"ct_0001": ("ct_0001.nii.gz", "ct_0001_mask.nii.gz")}),
     (["a/image.nii.gz", "a/annotation.nii.gz"], {"a": ("a/image.nii.gz", None)}),
+    *((["a.nii.gz", f"{label}.nii.gz"], {"a": ("a.nii.gz", f"{label}.nii.gz")}) for label in (
+        "mask_a", "Label-a", "ground_truth_a", "a_annotation", "a_ground_truth", "a_groundtruth", "a_roi", "a_contour",
+        "a_seg_JD", "a-label-2", "a_seg_v2", "a_mask1")),
+    (["a_image.nii.gz", "a_seg_JD.nii.gz"], {"a": ("a_image.nii.gz", "a_seg_JD.nii.gz")}),
+    (["scan_a.nii.gz", "mask_a.nii.gz"], {"scan_a": ("scan_a.nii.gz", "mask_a.nii.gz")}),
+    (["ct_a.nii.gz", "mr_a.nii.gz", "a.nii.gz", "mask_a.nii.gz"],
+     {"ct_a": ("ct_a.nii.gz", None), "mr_a": ("mr_a.nii.gz", None), "a": ("a.nii.gz", "mask_a.nii.gz")}),
+    (["a/ct_1.nii.gz", "a/mask_of_liver.nii.gz", "b/ct_1.nii.gz", "b/liver_seg_JD.nii.gz"],
+     {"a": ("a/ct_1.nii.gz", "a/mask_of_liver.nii.gz"), "b": ("b/ct_1.nii.gz", "b/liver_seg_JD.nii.gz")}),
+    (["images/a.nii.gz", "annotations/a_seg_JD.nii.gz"], {"a": ("images/a.nii.gz", "annotations/a_seg_JD.nii.gz")}),
+    (["ct_scan_mask_fit_3.nii.gz", "ct_scan_mask_fit_3_seg_v2.nii.gz", "ct_scan_mask_fit_4.nii.gz"],
+     {"ct_scan_mask_fit_3": ("ct_scan_mask_fit_3.nii.gz", "ct_scan_mask_fit_3_seg_v2.nii.gz"),
+      "ct_scan_mask_fit_4": ("ct_scan_mask_fit_4.nii.gz", None)}),
     (["a.NII.GZ", ".hidden.nii.gz"], {"a": ("a.NII.GZ", None)}),
 ])
 def test_plain_folders(tmp_path, names, expected):
@@ -151,6 +165,9 @@ def test_a_data_set_one_level_below_is_pointed_at(tmp_path):
     (["a.nii.gz", "labels/b.nii.gz", "labels/c.nii.gz"], r"b.nii.gz \(and 1 more\) is a label without a scan"),
     (["a/t1.nii.gz", "a/t2.nii.gz"], r"t1.nii.gz and t2.nii.gz in .*/a both look like the image of the case a"),
     (["a.nii.gz", "a_seg.nii.gz", "a_mask.nii.gz"], r"a_mask.nii.gz and a_seg.nii.gz in .* both look like the label"),
+    (["a.nii.gz", "mask_a.nii.gz", "a_seg_JD.nii.gz"], r"a.nii.gz and a_seg_JD.nii.gz in .* both look like the label"),
+    (["ct_a.nii.gz", "mr_a.nii.gz", "mask_a.nii.gz"], r"mask_a.nii.gz is a label without a scan"),
+    (["a/image.nii.gz", "label.nii.gz"], r"/label.nii.gz is a label without a scan"),
     (["a.nii.gz", "a.nrrd"], r"both look like the image of the case a"),
 ])
 def test_what_cannot_be_told_apart_is_named(tmp_path, names, words):
@@ -158,6 +175,17 @@ def test_what_cannot_be_told_apart_is_named(tmp_path, names, words):
     with pytest.raises(UserError, match=words) as error:
         find_cases("folder", tmp_path)
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_the_folder_of_a_single_case_is_told_from_a_data_folder(tmp_path):
+    write(tmp_path, "a/image.nii.gz", "a/label.nii.gz")
+    write_series(tmp_path / "b", IMAGE)
+    write(tmp_path, "b/label.nii.gz")
+    for name in "ab":
+        with pytest.raises(UserError) as error:
+            find_cases("folder", tmp_path / name)
+        said = f"{tmp_path / name} is the folder of a single case, whose label is label.nii.gz: give .*, {tmp_path}, as"
+        assert re.match(said, str(error.value))
 
 
 def test_the_label_of_a_series(tmp_path):
