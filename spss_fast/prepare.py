@@ -18,14 +18,15 @@ from spss_fast.data.annotations import (
     folder_states,
     read_annotations,
     refuse_all_empty,
+    saved_beside,
 )
 from spss_fast.data.cache import PreparedCase
 from spss_fast.data.fingerprint import Measured, describe, measure, modality_of_folder, propose, to_toml
-from spss_fast.data.folders import left_out
+from spss_fast.data.folders import ANNOTATION, left_out
 from spss_fast.data.layouts import Case, find_cases, source_grid
 from spss_fast.data.parallel import parallel
 from spss_fast.data.splits import Lists, read_lists
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 from spss_fast.settings import SECTION_OF, Config
 
 DESCRIPTION = """Measure a folder of scans, write down the settings that suit them as FILE.toml, and prepare the
@@ -125,6 +126,8 @@ def _annotated(
                      f"{values}")
     if empty:
         say(console, f"  still empty: {', '.join(empty)}")
+        if others := saved_beside(folder, empty):
+            say(console, f"  but {some(others)} is there: save it as {ANNOTATION}.nii.gz")
     if good:
         plane = common_plane(good)
         if config.data.plane not in ("auto", plane):

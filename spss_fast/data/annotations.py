@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from spss_fast.data.folders import ANNOTATION
+from spss_fast.data.folders import ANNOTATION, says_label
 from spss_fast.data.geometry import PLANES, Grid
 from spss_fast.data.images import padding_before, read_image, stem, whole_numbers
 from spss_fast.data.layouts import Case, source_grid
@@ -70,8 +70,15 @@ def read_annotations(settings: DataSettings) -> dict[str, Annotation]:
 def refuse_all_empty(states: dict[str, Annotation | str | None], folder: Path) -> None:
     """``UserError`` where nothing has been annotated yet in ``folder``, whose :func:`folder_states` these are."""
     if all(state is None for state in states.values()):
-        raise UserError(f"{folder}: all annotations are still empty: annotate one slice of a case, and save it as "
-                        f"{ANNOTATION}.nii.gz")
+        others = saved_beside(folder, states)
+        mend = f", but {some(others)} is there: save it" if others else ": annotate one slice of a case, and save it"
+        raise UserError(f"{folder}: all annotations are still empty{mend} as {ANNOTATION}.nii.gz")
+
+
+def saved_beside(folder: Path, names: Iterable[str]) -> list[Path]:
+    """What else than their annotation seems to be a label in the folders of the cases ``names``."""
+    return [path for name in names for path in sorted((folder / name).glob("*"))
+            if stem(path).lower() != ANNOTATION and says_label(path)]
 
 
 def usable(states: dict[str, Annotation | str | None]) -> dict[str, Annotation]:

@@ -159,6 +159,11 @@ def test_empty_annotations_are_not_there_yet(scans_without_labels, tmp_path):
     config = settings(tmp_path)
     with pytest.raises(UserError, match=r"todo: all annotations are still empty: annotate one slice"):
         read_annotations(config.data)
+    for name in ("image.nii.gz", "Segmentation.seg.nrrd"):
+        write_image(tmp_path / "todo" / "b" / name, labels["b"])
+    said = r"are still empty, but \S*todo/b/Segmentation.seg.nrrd is there: save it as annotation.nii.gz$"
+    with pytest.raises(UserError, match=said):
+        read_annotations(config.data)
     annotate(tmp_path / "todo", "b", 2, 8, labels["b"])
     assert list(read_annotations(config.data)) == ["b"]
     assert folder_states(tmp_path / "todo", config.data)["d"] is None
