@@ -21,7 +21,7 @@ LABEL = np.roll(FOUND, 2, 2)
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run that finds the ball, whose label lies two slices higher."""
-    write_image(tmp_path / "scans" / "a.nii.gz", 100 * FOUND, SPACING)
+    write_image(tmp_path / "scans" / "a.nii.gz", FOUND - 0.5, SPACING)
     write_image(tmp_path / "scans" / "a_seg.nii.gz", LABEL, SPACING)
     flags = {"patch": (32, 32, 16), "amp": "off", "device": "cpu", "workers": 1, "cache_dir": str(tmp_path / "cache")}
     run = write_run(tmp_path / "run", resolve("folder", flags), thresholding_weights(1.5), iteration=1)

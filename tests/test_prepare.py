@@ -13,8 +13,9 @@ from spss_fast.data.fingerprint import known_modality
 from spss_fast.data.images import read_grid
 from spss_fast.data.splits import make_split
 from spss_fast.errors import UserError
+from spss_fast.suggest import suggest
 from tests.data.test_annotations import annotate
-from tests.data.writing import ball, write_image, write_object, write_series
+from tests.data.writing import ball, settings_of, write_image, write_object, write_series
 
 SMALL = {
     "filters": 2, "iterations": 1, "registration_epochs": 1, "registration_steps": 1, "registration_pairs": 2,
@@ -36,10 +37,12 @@ def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsy
         if name in "bd":
             annotate(tmp_path / "todo", name, 1, 18, label)
     write_image(tmp_path / "todo" / "e" / "annotation.nii.gz", np.zeros_like(label))
+    write_image(tmp_path / "todo" / "e" / "Segmentation.nrrd", label)
     arguments = ["--data-dir", "scans", "--annotations", "todo", "--cache-dir", "cache", "--workers", "1"]
     assert prepare.main(arguments) == 0
     shown = capsys.readouterr().out
-    assert "2 of 3 annotations in" in shown and "still empty: e" in shown and "b: coronal slice 18 (axis 1" in shown
+    assert "2 of 3 annotations in" in shown and "still empty: e\n" in shown and "b: coronal slice 18 (axis 1" in shown
+    assert "todo/e/Segmentation.nrrd is there: save it as annotation.nii.gz" in shown
     config = resolve("folder", SMALL, tmp_path / "scans.toml")
     assert config.data.plane == "coronal" and (config.data.n_labeled, config.data.n_test) == (2, 0)
     assert config.data.patch == (32, 32, 32)
@@ -69,6 +72,22 @@ def test_slices_of_padded_annotations_are_named_as_the_scan_counts_them(tmp_path
     flags = {"cache_dir": str(tmp_path / "cache"), "workers": 1, "annotations": str(tmp_path / "todo")}
     prepare.prepare_folder(tmp_path / "scans", tmp_path / "mine.toml", flags=flags, console=said)
     assert "a: axial slice 10 (axis 2 of the file), label value 1" in said.file.getvalue()
+
+
+@pytest.mark.parametrize("values", [(1,), (1, 3), (255,)])
+def test_a_label_map_whose_name_does_not_say_so_is_refused(tmp_path, values):
+    for i, name in enumerate("abcd"):
+        image, label = ball((32, 32, 24), i)
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+    mask = tmp_path / "scans" / "liver_a.nii.gz"
+    write_image(mask, sum(value * (np.roll(label, 8 * i, 0) > 0) for i, value in enumerate(values)).astype(np.float32))
+    result = run(tmp_path, tmp_path / "scans")
+    line, = result.unusable
+    assert line.startswith(f"{mask} looks like a label map") and "like CASE_seg.nii.gz beside CASE.nii.gz" in line
+    assert [case.name for case in result.cases] == list("abcd")
+    settings = settings_of("folder", tmp_path / "other", data_dir=str(tmp_path / "scans")).data
+    with pytest.raises(UserError, match=r"liver_a.nii.gz looks like a label map"):
+        suggest(settings, tmp_path / "todo", 2, Console(quiet=True))
 
 
 def test_dicom_that_is_no_scan_is_said(tmp_path, capsys, monkeypatch):

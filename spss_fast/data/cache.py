@@ -24,7 +24,7 @@ from spss_fast.data.geometry import Grid
 from spss_fast.data.images import files_of
 from spss_fast.data.layouts import Case, Scan, read_case, read_label
 from spss_fast.data.parallel import parallel
-from spss_fast.data.preparation import classes_shown, prepare_scan, resampled_label
+from spss_fast.data.preparation import classes_shown, prepare_scan, refuse_label_map, resampled_label
 from spss_fast.errors import UserError
 from spss_fast.settings import DataSettings
 
@@ -193,6 +193,7 @@ def _build(case: Case, folder: Path, settings: DataSettings) -> str | None:
     """Prepares one case into ``folder``; returns the message for the user where that is not possible."""
     try:
         scan = read_case(case, settings.plane)
+        refuse_label_map(scan.image, case)
         image, label, grid = prepare_scan(scan, case, settings)
     except UserError as error:
         return str(error)

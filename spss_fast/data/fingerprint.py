@@ -22,7 +22,7 @@ from spss_fast.config import PRESETS, toml_literal
 from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
-from spss_fast.data.preparation import body_box, classes_shown
+from spss_fast.data.preparation import body_box, classes_shown, refuse_label_map
 from spss_fast.data.splits import Lists
 from spss_fast.errors import UserError, some
 from spss_fast.settings import DataSettings, TrainingSettings
@@ -62,6 +62,7 @@ def measure(case: Case, said: str, settings: DataSettings) -> Measured | str:
             said = known_modality(find_slices(case.image).modality) or said
         scan = read_case(case, settings.plane)
         image = scan.image
+        refuse_label_map(image, case)
         step = max(1, round((image.size / SAMPLES) ** (1 / 3)))
         sample = image[::step, ::step, ::step]
         percentiles = tuple(map(float, np.percentile(sample, (0.5, 50, 99.5))))

@@ -8,12 +8,35 @@ import numpy as np
 import SimpleITK as sitk
 
 from spss_fast.data.geometry import Grid, resample, to_array
+from spss_fast.data.images import ROUNDING
 from spss_fast.data.layouts import Case, Scan
-from spss_fast.errors import UserError
+from spss_fast.errors import UserError, some
 from spss_fast.settings import DataSettings
 
 BODY_HU = -500.0
 SLAB = 1 << 20  # voxels worked on at once
+SAMPLES = 1 << 20  # voxels that tell a label map from a scan
+FEW = 16  # values, and no more, that a label map is known by
+
+
+def refuse_label_map(image: np.ndarray, case: Case) -> None:
+    """``UserError`` where the image (H, W, D) of a case looks like a label map, which its name did not say: at most
+    ``FEW`` values, all of them whole numbers from 0 to 255, and most voxels 0. HDF5 files tell the two apart."""
+    if case.preprocessed:
+        return
+    step = max(1, round((image.size / SAMPLES) ** (1 / 3)))
+    sample = image[::step, ::step, ::step]
+    shown = sample[sample != 0]
+    if 2 * shown.size > sample.size:
+        return
+    if not shown.size:  # of small structures a sample may show nothing
+        shown = image[image != 0]
+    if shown.size and shown.min() > 0 and shown.max() <= 255:
+        values = np.unique(shown)
+        if values.size < FEW and (np.abs(values - np.rint(values)) <= ROUNDING).all():
+            listed = some(f"{value:g}" for value in (0, *values))
+            raise UserError(f"{case.image} looks like a label map, not like a scan (its values: {listed}): name it "
+                            "after its scan, like CASE_seg.nii.gz beside CASE.nii.gz, or take it away")
 
 
 def prepare_scan(scan: Scan, case: Case, settings: DataSettings) -> tuple[np.ndarray, np.ndarray | None, Grid]:
