@@ -103,6 +103,8 @@ def prepare_folder(
         config = resolve("folder", {}, out)
     prepared, failures = _prepare(cases, config)
     unusable += failures
+    if empty := [case.name for case in prepared if case.shown and not case.has_label and case.name not in annotated]:
+        say(console, f"look at: {len(empty)} labels hold no foreground: {some(empty)}; their scans count as unlabelled")
     return Preparation(out or settings, config, prepared, unusable)
 
 

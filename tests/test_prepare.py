@@ -99,6 +99,16 @@ def test_dicom_that_is_no_scan_is_said(tmp_path, capsys, monkeypatch):
     assert "left out, as no scan: 1 DICOM RTSTRUCT (a/RTSTRUCT/1.dcm); a label must be" in capsys.readouterr().out
 
 
+def test_a_label_without_foreground_is_said_and_counts_as_none(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("abcd"):
+        image, label = ball((32, 32, 24), i)
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+        write_image(tmp_path / "scans" / f"{name}_seg.nii.gz", label * (name != "b"))
+    assert prepare.main(["--data-dir", "scans", "--cache-dir", "cache", "--workers", "1"]) == 0
+    assert "1 labels hold no foreground: b; their scans count as unlabelled" in capsys.readouterr().out
+
+
 def test_annotations_of_nearly_all_scans_need_training_without_unlabelled_ones(tmp_path):
     for i, name in enumerate("abc"):
         image, label = ball((32, 32, 32), i)

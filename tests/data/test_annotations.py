@@ -167,7 +167,7 @@ def test_empty_annotations_are_not_there_yet(scans_without_labels, tmp_path):
     annotate(tmp_path / "todo", "b", 2, 8, labels["b"])
     assert list(read_annotations(config.data)) == ["b"]
     assert folder_states(tmp_path / "todo", config.data)["d"] is None
-    said = r"n_labeled = 2 training.*no label with foreground \(1 such; still empty: d\): annotate a slice of it; training needs 2"
+    said = r"n_labeled = 2 training.*no label with foreground \(1 such; still empty: d\): annotate.*training needs 2"
     with pytest.raises(UserError, match=said):
         make_split(prepared("folder", tmp_path / "scans", config), tmp_path / "scans", config)
 

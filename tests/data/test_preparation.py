@@ -232,7 +232,7 @@ def test_organs_of_a_real_ct_stay_apart(scans, tmp_path):
 def test_labels_at_half_resolution_lie_where_the_image_does(tmp_path):
     """Image and label are the same ball: means over blocks and votes have their middle in the same place."""
     inside = ball((41, 40, 30))[1]
-    write_image(tmp_path / "d" / "a" / "lgemri.nrrd", 100 * inside)
+    write_image(tmp_path / "d" / "a" / "lgemri.nrrd", 10 + 100 * inside)
     write_image(tmp_path / "d" / "a" / "laendo.nrrd", inside)
     case, = prepared("la", tmp_path / "d", settings_of("la", tmp_path, downsample=2))
     image = (case.image - case.image.min()) / np.ptp(case.image)
