@@ -510,6 +510,67 @@ def test_what_is_said_about_training(told, changes, said, kind):
     assert [k for text, k in told(**changes).items() if said in text] == [kind]
 
 
+def test_iterations_without_full_labels_say_nothing_of_the_pseudo_labels(told, finished, monkeypatch):
+    """Their Dice is NaN: it has no part in the verdict, and the curve goes through the others."""
+    nan, step = np.nan, np.arange(1, 9)
+    some = {"step": step, "dice_registration": [nan] * 6 + [0.7, nan], "dice_fused": [nan] * 6 + [0.8, nan]}
+    said, = (text for text in told(**some) if "last quarter" in text)
+    assert said.startswith("Over the last quarter (1 of 2 logged iterations) the fused labels have Dice 0.800")
+    none = {"step": step, "dice_registration": [0.7] * 4 + [nan] * 4, "dice_fused": [0.6] * 4 + [nan] * 4}
+    assert not [text for text in told(**none) if "last quarter" in text or "nan" in text]
+
+    monkeypatch.setattr(charts, "_svg", lambda figure, label: figure)
+    record_ = record.read(finished)
+    record_.joint = {name: np.resize(np.array(values, float), 8) for name, values in (record_.joint | none).items()}
+    chart, = (chart for chart in charts.charts(record_) if chart.title.startswith("Quality"))
+    assert chart.note.endswith("Of the 8 logged iterations 4: the others have no value.")
+    registration, fused = chart.svg.axes[0].lines
+    assert list(registration.get_xdata()) == [1, 2, 3, 4] and list(fused.get_ydata()) == [0.6] * 4
+    record_.joint["dice_registration"][:] = record_.joint["dice_fused"][:] = nan
+    assert not [chart for chart in charts.charts(record_) if chart.title.startswith("Quality")]
+
+
+def test_losses_that_are_not_finite_are_said_to_be_so_alone(told):
+    nan = np.nan
+    said = told(loss_s=[0.5, nan, nan], loss_pace=[nan] * 3, **{"lambda": [1, 1, 1]})
+    assert any(text.startswith("Not finite at some point: loss_pace, loss_s.") for text in said)
+    assert not [text for text in said if "nan" in text or "Selection" in text]
+
+
+def test_cases_that_show_nothing_are_left_out_of_every_statistic(run, monkeypatch):
+    """Neither prediction nor reference: they have no Dice. A class that only one of both shows has no distance."""
+    cases = json.loads((run / "cases.json").read_text())["test"]
+    header = "case,dice,jaccard,hd95,asd,dice_1,hd95_1,dice_2,hd95_2\n"
+    (run / "evaluation.csv").write_text(
+        header + f"{cases[0]},nan,nan,nan,nan,nan,nan,nan,nan\n{cases[1]},0.8,0.7,2,1,0.8,2,nan,nan\n"
+        f"{cases[2]},0.4,0.3,4,2,0.8,4,0,nan\n")
+    page = _page(run)
+    assert "Dice 0.600 ± 0.200" in page.text
+    assert "(median 0.600, from 0.400 to 0.800) over those 2 of 3 held-out cases" in page.text
+    assert f"Worst case of the student: {cases[2]}, Dice 0.400" in page.text
+    assert f"Neither prediction nor reference shows anything in {cases[0]}: no Dice" in page.text
+    assert f"Prediction or reference of a class is empty in {cases[2]}." in page.text
+    shown = page.metrics("mean ± sd of 3")
+    assert [line[0] for line in shown] == [cases[2], cases[1], cases[0]] and shown[2][1] == "–"
+    means, = (table[1] for table in page.tables if len(table) > 1 and table[1][0] == "mean ± sd of 3")
+    assert [" ".join(mean.split()) for mean in means[1:3]] == ["0.6000 ± 0.2000 of 2", "0.5000 ± 0.2000 of 2"]
+    assert "nan" not in page.text_of_file.lower().replace("font", "")
+
+    evaluation = record.read(run).evaluation
+    assert gallery._chosen(evaluation, [], 3) == {cases[2]: "worst of 2", cases[1]: "best of 2"}
+    monkeypatch.setattr(charts, "_svg", lambda figure, label: figure)
+    axis, = charts.dice_of_cases({"student": evaluation}).axes
+    dots, mean = axis.lines
+    assert list(dots.get_xdata()) == [0.4, 0.8] and mean.get_xdata()[0] == pytest.approx(0.6)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["student (2)"]
+
+
+def test_where_no_case_shows_anything_there_is_no_dice(run):
+    (run / "evaluation.csv").write_text("case,dice,jaccard,hd95,asd\na,nan,nan,nan,nan\n")
+    page = _page(run)
+    assert "In none of the 1 " in page.text and "nothing to measure" in page.text and "no case has a Dice" in page.text
+
+
 @pytest.mark.parametrize("student, said, kind", [
     (0.9, "the student is 0.100 above them", "good"), (0.78, "the student is 0.020 below them", "note"),
     (0.7, "the student is 0.100 below them", "bad"),

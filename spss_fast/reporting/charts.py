@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from spss_fast.engine.evaluation import Rows
 from spss_fast.reporting.gallery import Example
-from spss_fast.reporting.record import Curves, Record
+from spss_fast.reporting.record import Curves, Record, defined
 
 # colours that stand for a property of the page's style sheet until the SVG is written
 INK, GRID = "#010203", "#040506"
@@ -56,9 +56,13 @@ def charts(record: Record) -> list[Chart]:
 
     def add(title: str, note: str, names: dict[str, str], **options) -> None:
         lines = {label: joint[name] for name, label in names.items() if name in joint}
+        lines = {label: values for label, values in lines.items() if not np.isnan(values).all()}
         if options.get("log"):
             note += "".join(f" {label} is 0 throughout." for label, values in lines.items() if not values.any())
         if lines:
+            known = min(np.count_nonzero(~np.isnan(values)) for values in lines.values())
+            if known < len(step):
+                note += f" Of the {len(step):,} logged iterations {known:,}: the others have no value."
             made.append(_chart(title, note, step, lines, "iteration", drops=drops, **options))
 
     add("Stage 2: losses of the student", "Logarithmic. L_u and L_c grow with their weight w(t)." + dashed,
@@ -85,16 +89,17 @@ def charts(record: Record) -> list[Chart]:
 
 
 def dice_of_cases(groups: dict[str, Rows]) -> str:
-    """Dice of every case as one dot, a row for each group, with the mean as a line; an SVG."""
+    """Dice of every case that has one as a dot, a row for each group, with the mean as a line; an SVG."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": "cases"}):
         figure, axis = _figure((4.4, 0.62 + 0.62 * len(groups)))
         for place, (rows, color) in enumerate(zip(groups.values(), SERIES)):
-            values = np.array([row["dice"] for row in rows.values()])
+            values = defined(rows, "dice")
             # dots of similar Dice beside each other, not on top
             offset = 0.16 * (np.arange(len(values)) % 3 - 1) if len(values) > 8 else np.zeros(len(values))
             axis.plot(values, place + offset, "o", color=color, markersize=4, alpha=0.75, markeredgewidth=0)
             axis.plot([values.mean()] * 2, [place - 0.36, place + 0.36], color=INK, linewidth=1.5)
-        axis.set_yticks(range(len(groups)), list(groups))
+        names = [f"{name} ({len(defined(rows, 'dice'))})" for name, rows in groups.items()]
+        axis.set_yticks(range(len(groups)), names)
         axis.set_ylim(len(groups) - 0.45, -0.55)
         axis.set_xlim(-0.02, 1.02)
         axis.tick_params("y", length=0)
@@ -161,13 +166,14 @@ def _chart(
     title: str, note: str, step: np.ndarray, lines: Curves, along: str, log: bool = False, drops: Sequence[int] = (),
     percent: bool = False, floor: float | None = None, smoothed: bool = True,
 ) -> Chart:
+    """``lines`` over ``step``, each over those of its values that are not NaN."""
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": title}):
         figure, axis = _figure((4.4, 2.5))
-        few = len(step) < TREND_FROM
-        x = averaged(step)
         widths = (2.6, 1.6, 1.2, 1.2) if len(lines) > 1 else (1.8,)  # the first one shows where others cover it
         for (label, values), color, width in zip(lines.items(), SERIES, widths):
-            values = averaged(values)
+            known = ~np.isnan(values)
+            few = np.count_nonzero(known) < TREND_FROM
+            x, values = averaged(step[known]), averaged(values[known])
             schedule = len(np.unique(values)) <= len(values) // 2  # it goes in steps: shown as they are
             smooth = smoothed and not few and not schedule
             marker = "o" if few else None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from spss_fast import cli
-from spss_fast.engine.evaluation import Rows, measured_grid
+from spss_fast.engine.evaluation import measured_grid
 from spss_fast.reporting.gallery import Gallery
-from spss_fast.reporting.record import Record
+from spss_fast.reporting.record import Record, defined, measured
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 FAR_BELOW = 0.05  # mean Dice of the student under that of the labels it learnt from, from which this is a warning
@@ -50,11 +50,9 @@ def _plural(count: int, noun: str) -> str:
 def _quality(record: Record) -> Answer:
     question, findings = "Is it good?", []
     if record.evaluation:
-        values = _column(record.evaluation, "dice")
-        figure = f"Dice {values.mean():.3f} ± {values.std():.3f}"
-        findings.append(Finding(
-            f"The student's Dice is {values.mean():.3f} ± {values.std():.3f} (median {np.median(values):.3f}, from "
-            f"{values.min():.3f} to {values.max():.3f}) over {len(values)} {record.evaluated}."))
+        values = defined(record.evaluation, "dice")
+        figure, finding = _dice(values, len(record.evaluation), record.evaluated)
+        findings.append(finding)
         if record.stale:
             findings.append(Finding("The checkpoint is newer than evaluation.csv: these figures are of earlier "
                                     f"weights. Measure again: {command(record)}", BAD))
@@ -63,13 +61,13 @@ def _quality(record: Record) -> Answer:
         findings.append(Finding(
             f"The student has not been measured on its {_plural(len(record.cases['test']), 'test case')}. The command "
             "is below; it needs full labels.", BAD))
-    if record.labels:
-        values = _column(record.labels, "dice")
-        text = (f"The registration labels that it learnt from reach {values.mean():.3f} ± {values.std():.3f} on the "
-                f"{_plural(len(values), 'annotated volume')}")
+    labels = defined(record.labels or {}, "dice")
+    if labels.size:
+        text = (f"The registration labels that it learnt from reach {labels.mean():.3f} ± {labels.std():.3f} on the "
+                f"{_plural(len(labels), 'annotated volume')}")
         kind = NOTE
-        if record.evaluation:
-            difference = _column(record.evaluation, "dice").mean() - values.mean()
+        if record.evaluation and values.size:
+            difference = values.mean() - labels.mean()
             side = "above" if difference > 0 else "below"
             text += f"; the student is {abs(difference):.3f} {side} them, on other cases"
             kind = GOOD if difference > 0 else BAD if difference < -FAR_BELOW else NOTE
@@ -83,16 +81,24 @@ def _quality(record: Record) -> Answer:
     return Answer(question, figure, findings)
 
 
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows.values()])
+def _dice(values: np.ndarray, count: int, cases: str) -> tuple[str, Finding]:
+    """What ``values`` (N,) say, the Dice of those of ``count`` evaluated ``cases`` that have one."""
+    if not values.size:
+        return "nothing to measure", Finding(
+            f"In none of the {count} {cases} do prediction or reference show anything: there is no Dice.")
+    over = f"{len(values)} {cases}" if len(values) == count else f"those {len(values)} of {count} {cases} that have one"
+    return f"Dice {values.mean():.3f} ± {values.std():.3f}", Finding(
+        f"The student's Dice is {values.mean():.3f} ± {values.std():.3f} (median {np.median(values):.3f}, from "
+        f"{values.min():.3f} to {values.max():.3f}) over {over}.")
 
 
 def _failures(record: Record, gallery: Gallery) -> Answer:
     question, findings = "Where does it fail?", []
-    rows, subject = (record.evaluation, "student") if record.evaluation else (record.labels, "registration labels")
+    every, subject = (record.evaluation, "student") if record.evaluation else (record.labels, "registration labels")
+    rows = measured(every or {})
     if not rows:
-        return Answer(question, "unknown", [
-            Finding("No metrics by case: neither the student nor the registration labels are measured.")])
+        none = "no case has a Dice" if every else "neither the student nor the registration labels are measured"
+        return Answer(question, "unknown", [Finding(f"No metrics by case: {none}.")])
     worst, metrics = next(iter(rows.items()))
     figure = f"worst: {metrics['dice']:.3f}" if record.evaluation else f"worst label: {metrics['dice']:.3f}"
     distance = metrics.get("hd95", math.nan)
@@ -100,7 +106,7 @@ def _failures(record: Record, gallery: Gallery) -> Answer:
     findings.append(Finding(text + (f", HD95 {distance:.1f}." if math.isfinite(distance) else ".")))
     shown = gallery.tested if record.evaluation else gallery.annotated
     findings += _kind_of_error([example for example in shown if example.name == worst])
-    values = _column(rows, "dice")
+    values = defined(rows, "dice")
     low, high = np.percentile(values, (25, 75))
     fence = low - 1.5 * (high - low)
     outliers = [name for name, row in rows.items() if row["dice"] < fence]
@@ -109,11 +115,22 @@ def _failures(record: Record, gallery: Gallery) -> Answer:
                                 f"first quartile, Dice < {fence:.3f}): {_listed(outliers)}.", BAD))
     elif len(rows) >= 4 and low < high:
         findings.append(Finding("No outlier: no case is more than 1.5 interquartile ranges below the first quartile."))
-    empty = [name for name, row in rows.items() if math.isnan(row.get("hd95", 0))]
+    empty = [name for name, row in rows.items() if _one_is_empty(row)]
     if empty:
         named = f"all {len(rows)} cases" if len(empty) == len(rows) > 1 else _listed(empty)
-        findings.append(Finding(f"Prediction or reference is empty in {named}.", BAD))
+        of_class = " of a class" * any(name.startswith("dice_") for name in metrics)
+        findings.append(Finding(f"Prediction or reference{of_class} is empty in {named}.", BAD))
+    neither = [name for name in every if name not in rows]
+    if neither:
+        findings.append(Finding(f"Neither prediction nor reference shows anything in {_listed(neither)}: no Dice, and "
+                                "left out of all means."))
     return Answer(question, figure, findings)
+
+
+def _one_is_empty(row: dict[str, float]) -> bool:
+    """Whether prediction or reference, of any class, is empty, but not both: there is a Dice but no distance."""
+    return any(name.startswith("hd95") and math.isnan(value) and not math.isnan(row[name.replace("hd95", "dice")])
+               for name, value in row.items())
 
 
 def _listed(names: list[str], most: int = 5) -> str:
@@ -169,17 +186,19 @@ def _training(record: Record) -> Answer:
 
 
 def _ends(values: np.ndarray) -> tuple[float, float]:
-    """Means of the first and the last tenth."""
+    """Means of the first and the last tenth; NaN where a value is."""
     part = max(1, len(values) // 10)
     return float(values[:part].mean()), float(values[-part:].mean())
 
 
 def _fell(subject: str, curves: dict[str, np.ndarray], name: str, unit: str) -> Finding | None:
-    """How a curve went that should fall."""
+    """How a curve went that should fall; None where it is not known, at its ends at least."""
     values = curves.get(name)
     if values is None or len(values) < 2:
         return None
     first, last = _ends(values)
+    if math.isnan(first) or math.isnan(last):
+        return None
     if last < 0.98 * first:
         return Finding(f"{subject} fell from {first:.3g} to {last:.3g}.", GOOD)
     went = "rose" if last > 1.02 * first else "stayed"
@@ -187,13 +206,19 @@ def _fell(subject: str, curves: dict[str, np.ndarray], name: str, unit: str) -> 
 
 
 def _fusion(record: Record) -> Finding | None:
-    """Whether the fused labels are better than the registration labels they are made from."""
+    """Whether the fused labels are better than the registration labels they are made from; None where the last quarter
+    has no iteration that could tell, of annotated volumes with full labels alone."""
     joint, training = record.joint, record.config.training
     if "dice_fused" not in joint:
         return None
     part = max(1, len(joint["step"]) // 4)
-    registration, fused = (float(joint[name][-part:].mean()) for name in ("dice_registration", "dice_fused"))
-    text = (f"Over the last quarter the fused labels have Dice {fused:.3f}, the registration labels "
+    both = np.array([joint[name][-part:] for name in ("dice_registration", "dice_fused")])
+    both = both[:, np.isfinite(both).all(0)]
+    if not both.size:
+        return None
+    registration, fused = map(float, both.mean(1))
+    of = f" ({both.shape[1]} of {part} logged iterations)" if both.shape[1] < part else ""
+    text = (f"Over the last quarter{of} the fused labels have Dice {fused:.3f}, the registration labels "
             f"{registration:.3f}")
     if abs(fused - registration) < 0.005:
         share = joint["w_p"][-1] if "w_p" in joint else 1.0
@@ -213,7 +238,7 @@ def _outvotes(training) -> int | None:
 
 
 def _selection(record: Record) -> Finding | None:
-    """Whether self-paced selection opened, and how many voxels it trusts in the end."""
+    """Whether self-paced selection opened, and how many voxels it trusts in the end; None where L_pace cannot tell."""
     joint = record.joint
     if not {"K", "loss_pace", "lambda"} <= set(joint):
         return None
@@ -222,6 +247,8 @@ def _selection(record: Record) -> Finding | None:
     opened = np.flatnonzero(joint["loss_pace"] < joint["lambda"])
     if opened.size:
         return Finding(f"Selection opened (L_pace below λ) by iteration {joint['step'][opened[0]]:.0f}; {last}.", GOOD)
+    if not np.isfinite(joint["loss_pace"]).all():
+        return None
     return Finding(f"Selection never opened: L_pace stayed above λ ({joint['loss_pace'][-1]:.3g} beside "
                    f"{joint['lambda'][-1]:.3g} in the end), so K followed its ramp alone; {last}.")
 

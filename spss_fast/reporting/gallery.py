@@ -27,7 +27,7 @@ from spss_fast.evaluate import load_student
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import teacher_of
 from spss_fast.ops.uncertainty import uncertainty_mask
-from spss_fast.reporting.record import Record
+from spss_fast.reporting.record import Record, measured
 from spss_fast.settings import DataSettings
 
 
@@ -159,8 +159,9 @@ def gallery(
 
 
 def _chosen(rows: Rows | None, names: Sequence[str], count: int) -> dict[str, str]:
-    """``count`` cases spread evenly from the worst to the best, each with its place; by list where none is measured."""
-    ordered = list(rows) if rows else list(names)
+    """``count`` cases spread evenly from the worst to the best of those that have a Dice, each with its place; by list
+    where none is measured."""
+    ordered = list(measured(rows)) if rows else list(names)
     places = np.unique(np.linspace(0, len(ordered) - 1, min(count, len(ordered))).round().astype(int))
     return {ordered[place]: _rank(place, len(ordered), bool(rows)) for place in places}
 

@@ -17,7 +17,7 @@ from spss_fast.config import resolve
 from spss_fast.engine.evaluation import Rows
 from spss_fast.reporting import charts, findings, panels
 from spss_fast.reporting.gallery import Example, Gallery
-from spss_fast.reporting.record import Record
+from spss_fast.reporting.record import Record, defined, measured
 from spss_fast.settings import SECTIONS
 
 FIRST = 12  # rows of a table that are always shown
@@ -31,11 +31,8 @@ def render(record: Record, gallery: Gallery) -> str:
         loader=jinja2.PackageLoader("spss_fast.reporting", "."), autoescape=True, trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    groups = {}
-    if record.evaluation:
-        groups["student"] = record.evaluation
-    if record.labels:
-        groups["registration\nlabels"] = record.labels
+    groups = {"student": record.evaluation, "registration\nlabels": record.labels}
+    groups = {name: rows for name, rows in groups.items() if rows and measured(rows)}
     return environment.get_template("page.html").render(
         name=record.name, lead=_lead(record), answers=findings.answers(record, gallery),
         strip=charts.dice_of_cases(groups) if groups else "",
@@ -89,17 +86,19 @@ def _table(rows: Rows | None) -> dict[str, Any] | None:
     if not rows:
         return None
     columns = list(next(iter(rows.values())))
-    values = {name: np.array([row[name] for row in rows.values()]) for name in columns}
 
-    def mean(name: str) -> tuple[str, ...]:
-        known = values[name][~np.isnan(values[name])]  # an undefined distance (an empty prediction) is left out
-        return (_number(name, known.mean()), f"± {_number(name, known.std())}") if known.size else ("–",)
+    def mean(name: str) -> list[str]:
+        known = defined(rows, name)
+        if not known.size:
+            return ["–"]
+        few = [f"of {known.size}"] if known.size < len(rows) else []
+        return [_number(name, known.mean()), f"± {_number(name, known.std())}", *few]
+
+    def share(name: str, value: float) -> float | None:
+        return round(100 * value, 1) if name == "dice" and not math.isnan(value) else None
 
     def cells(row: dict[str, float]) -> list[dict[str, Any]]:
-        return [
-            {"text": _number(name, row[name]), "share": round(100 * row[name], 1) if name == "dice" else None}
-            for name in columns
-        ]
+        return [{"text": _number(name, row[name]), "share": share(name, row[name])} for name in columns]
 
     shown = [{"case": case, "cells": cells(row)} for case, row in rows.items()]
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,11 +140,22 @@ def _curves(path: Path) -> Curves:
 
 
 def _metrics(path: Path) -> Rows | None:
-    """Metrics by case, worst Dice first."""
+    """Metrics by case, worst Dice first, and last those that have none."""
     if not path.exists():
         return None
     rows = _rows(path)
     if not rows or not {"case", "dice"} <= set(rows[0]):
         raise UserError(f"{path} has no rows of case,dice,...: make it again with spss_fast.evaluate, or remove it")
     read = {row.pop("case"): _numbers(path, row) for row in rows}
-    return dict(sorted(read.items(), key=lambda item: item[1]["dice"]))
+    return dict(sorted(read.items(), key=lambda item: (math.isnan(item[1]["dice"]), item[1]["dice"])))
+
+
+def measured(rows: Rows) -> Rows:
+    """The rows that have a Dice: it is NaN of a case in which neither prediction nor reference shows anything."""
+    return {case: row for case, row in rows.items() if not math.isnan(row["dice"])}
+
+
+def defined(rows: Rows, name: str) -> np.ndarray:
+    """The values of one metric, NaN left out."""
+    values = np.array([row[name] for row in rows.values()])
+    return values[~np.isnan(values)]
