@@ -25,9 +25,11 @@ from spss_fast.data.cache import prepare
 from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import find_cases
 from spss_fast.data.phantom import write_phantoms
+from spss_fast.engine.preview import class_color
 from spss_fast.engine.selfpaced import fusion_weight
 from spss_fast.errors import UserError
 from spss_fast.reporting import charts, findings, gallery, panels, record
+from spss_fast.reporting import page as page_module
 from tests.data.writing import prepared, settings_of, write_la
 
 SMALL = {
@@ -372,7 +374,7 @@ def test_the_networks_are_used_as_the_run_uses_them(finished, monkeypatch):
     networks, softmax = gallery._Networks(told, torch.device("cpu")), torch.tensor([0.25, 0.75]).view(2, 1, 1, 1)
     monkeypatch.setattr(networks, "window", lambda network, image, statistics="running":
                         seen.append((network, statistics)) or softmax)
-    assert networks.predict(torch.zeros(1, 1, 1)).all()
+    assert (networks.predict(torch.zeros(1, 1, 1)) == 1).all()
     entropy, _ = networks.uncertainty(torch.zeros(1, 1, 1))
     assert seen == [(networks.student, "case"), *[(networks.teacher, "running")] * 2]
     assert entropy.item() == pytest.approx(0.5623, abs=1e-4)  # of the mean over the passes
@@ -381,13 +383,17 @@ def test_the_networks_are_used_as_the_run_uses_them(finished, monkeypatch):
 
 
 def test_a_tested_case_is_shown_where_it_is_most_wrong_and_where_it_is_largest():
-    prediction, reference = np.zeros((2, 6, 6, 8), bool)
-    prediction[:5, :5, 4] = reference[:6, :5, 4] = reference[:3, :3, 2] = True
+    prediction, reference = np.zeros((2, 6, 6, 8), np.uint8)
+    prediction[:5, :5, 4] = reference[:6, :5, 4] = reference[:3, :3, 2] = 1
     networks = SimpleNamespace(predict=lambda image: prediction, uncertainty=lambda image: (np.zeros((6, 6, 8)), None))
     case = SimpleNamespace(name="a", image=np.zeros((6, 6, 8), np.float32), spacing=(1, 1, 1), grid=Grid((6, 6, 8)),
                            has_full_label=True, full_label=lambda: reference)
     example = gallery._tested_example(networks, case, "", SimpleNamespace(evaluation=None))
     assert example.slices == [(2, "largest disagreement"), (4, "largest section of the reference")]
+    reference[:, :, 6] = prediction[:, :, 6] = 1
+    prediction[1:, :, 6] = 2  # of the wrong class
+    example = gallery._tested_example(networks, case, "", SimpleNamespace(evaluation=None))
+    assert example.slices[0] == (6, "largest disagreement, largest section of the reference")
 
 
 def test_what_is_shown_holds_the_contours_at_the_shape_they_have_in_the_body():
@@ -424,7 +430,7 @@ def test_patients_stand_upright_in_coronal_and_sagittal_slices(plane, upright, t
     image[:, 10:] = 1  # the end of axis 1
     example = gallery.Example("a", "", {}, image, (1, 1, 1), {"prediction": image > 0}, image, slices=[(1, "why")],
                               head_last=gallery._head_last(case))
-    row, = panels.rows(example, "key")
+    row, = panels.rows(example, (0, 1), "key")
     for panel, kind in ((row.panels[0], "scan"), (row.panels[1], "uncertainty")):
         data = re.search(rf'class="{kind}".*?base64,([^"]+)', panel.svg)[1]
         shown = matplotlib.image.imread(io.BytesIO(base64.b64decode(data)))[..., :4].mean(-1).mean(1)
@@ -466,10 +472,10 @@ def test_the_line_among_the_cases_is_their_mean(monkeypatch):
 
 def test_labels_by_distance_pool_the_volumes():
     """Two volumes: both right at the annotated slice, one of them short of a voxel one slice further."""
-    reference = np.zeros((4, 1, 5), bool)
-    reference[:2, :, 1:4] = True
+    reference = np.zeros((4, 1, 5), np.uint8)
+    reference[:2, :, 1:4] = 1
     worse = reference.copy()
-    worse[0, :, 1] = False
+    worse[0, :, 1] = 0
     examples = [
         gallery.Example("a", "", {}, np.zeros((4, 1, 5)), (1, 1, 1), {"registration": mask, "reference": reference},
                         None, False, 2)
@@ -478,6 +484,18 @@ def test_labels_by_distance_pool_the_volumes():
     np.testing.assert_allclose(charts.dice_by_distance(examples)["registration"], [1, 2 * 7 / 15])
     assert "2 annotated volumes" in charts.by_distance(examples).note
     assert charts.by_distance([]) is None
+
+
+def test_labels_by_distance_are_the_mean_over_the_classes_that_are_there():
+    """Two classes at the annotated slice, one of them swapped for the other beside it, one alone beyond that."""
+    reference = np.zeros((4, 1, 4), np.uint8)
+    reference[:2], reference[2:, :, :2] = 1, 2
+    label = reference.copy()
+    label[2:, :, 1] = 1
+    example = gallery.Example("a", "", {}, np.zeros((4, 1, 4)), (1, 1, 1),
+                              {"registration": label, "reference": reference}, None, False, 0)
+    dice = charts.dice_by_distance([example])["registration"]
+    np.testing.assert_allclose(dice, [1, (2 * 2 / 6 + 0) / 2, 1, 1])
 
 
 @pytest.fixture
@@ -593,20 +611,48 @@ def test_the_worst_case_and_outliers_are_named(finished):
 
 
 def test_what_is_missed_and_what_is_added_are_told_apart():
-    reference, prediction = np.zeros((2, 4, 4, 3), bool)
-    reference[:2, :, 1] = True
-    prediction[1:3, :, 1] = prediction[0, 0, 1] = True
-    masks = {"prediction": prediction, "reference": reference}
-    slices = {name: mask[:, :, 1] for name, mask in masks.items()}
+    reference, prediction = np.zeros((2, 4, 4, 3), np.uint8)
+    reference[:2, :, 1] = 1
+    prediction[1:3, :, 1] = prediction[0, 0, 1] = 1
+    labels = {"prediction": prediction, "reference": reference}
+    slices = {name: label[:, :, 1] for name, label in labels.items()}
     assert panels._differences(slices) == "Of its 8 reference voxels: prediction misses 3, adds 4."
     colors = panels._error_colors(slices["prediction"], slices["reference"])
     for place, color in (((0, 1), panels.MISSED), ((2, 0), panels.ADDED)):
         np.testing.assert_allclose(colors[place], matplotlib.colors.to_rgba(color, 0.75))
     assert not colors[[0, 1, 3], [0, 1, 1]].any()
-    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), masks, None, False)
+    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), labels, None, False)
     finding, = findings._kind_of_error([example])
-    assert "the prediction misses 38% of the reference's voxels and adds 50% as many" in finding.text
+    assert "the prediction misses 38% of the reference's voxels and adds 50% as many; half" in finding.text
     assert finding.text.endswith("lie in 1 of 3 slices, most of them in slice 1.")
+
+
+def test_a_voxel_of_the_wrong_class_is_missed_and_added():
+    reference = np.zeros((4, 4, 3), np.uint8)
+    reference[:2, :, 1], reference[2:, :, 1] = 1, 2
+    swapped = np.array([0, 2, 1], np.uint8)[reference]
+    labels = {"prediction": swapped, "reference": reference}
+    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), labels, None, False, slices=[(1, "why")])
+    finding, = findings._kind_of_error([example])
+    assert finding.text.startswith("In it the prediction misses 100% of the reference's voxels and adds 100% as many (")
+    assert "half of these errors lie in 1 of 3 slices, most of them in slice 1" in finding.text
+    row, = panels.rows(example, (0, 3, 7), "key")
+    assert row.text == "Of its 16 reference voxels: prediction misses 16, adds 16."
+    np.testing.assert_allclose(panels._error_colors(swapped, reference)[..., 1, :],
+                               np.full((4, 4, 4), matplotlib.colors.to_rgba(panels.WRONG_CLASS, 0.75)))
+    drawn = re.findall(r'class="(\w+)" style="stroke:(#\w+)" d=[^>]*><title>([^<]*)<', row.panels[0].svg)
+    one, two = (class_color(c) for c in (1, 2))
+    assert drawn == [("prediction", one, "prediction, label value 3"), ("prediction", two, "prediction, label value 7"),
+                     ("reference", one, "reference, label value 3"), ("reference", two, "reference, label value 7")]
+    assert "Dice 0.0000" in page_module._unmeasured(example, (0, 3, 7))
+
+
+def test_nothing_is_said_of_where_errors_lie_if_there_are_none():
+    label = np.ones((2, 2, 3), np.uint8)
+    example = gallery.Example("a", "", {}, np.zeros((2, 2, 3)), (1, 1, 1), {"prediction": label, "reference": label},
+                              None, False)
+    finding, = findings._kind_of_error([example])
+    assert finding.text == "In it the prediction misses 0% of the reference's voxels and adds 0% as many."
 
 
 @pytest.mark.parametrize("settings", [{}, {"fusion": 0.6, "fusion_iterations": 300, "fusion_power": 0.5}])

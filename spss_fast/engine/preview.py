@@ -19,7 +19,8 @@ COLORS = {"registration": "#ffb000", "fused": "#648fff", "prediction": "#dc267f"
 CLASS_COLORS = ("#ffb000", "#56b4e9", "#ff6f91", "#00e08a", "#b48cff", "#f0e442", "#ff7f0e", "#c8c8c8")
 
 
-def _class_color(c: int) -> str:
+def class_color(c: int) -> str:
+    """The colour of foreground class ``c``, from 1."""
     return CLASS_COLORS[(c - 1) % len(CLASS_COLORS)]
 
 
@@ -30,7 +31,7 @@ def _panel(axis, image: np.ndarray, title: str, labels: dict[str, np.ndarray], c
         for c in range(1, classes):
             color, line = COLORS[name], "solid"
             if classes > 2:
-                color, line = _class_color(c), "dashed" if name == "reference" else "solid"
+                color, line = class_color(c), "dashed" if name == "reference" else "solid"
             if (label == c).any():
                 axis.contour((label == c).T, [0.5], colors=color, linewidths=1.2, linestyles=line)
     axis.set_title(title, fontsize=9)
@@ -72,7 +73,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
     if batch.reference is not None:
         reference = "dashed: reference" if several else "green: reference"
     if several:
-        lines = [Line2D([], [], color=_class_color(c), label=f"label {v}") for c, v in enumerate(values) if c]
+        lines = [Line2D([], [], color=class_color(c), label=f"label {v}") for c, v in enumerate(values) if c]
         figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False, fontsize=9)
     figure.suptitle(f"iteration {iteration} ({reference})", fontsize=10)
     atomically(path, lambda temporary: figure.savefig(temporary, dpi=80, format="png"))

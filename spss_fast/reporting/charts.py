@@ -110,31 +110,35 @@ def dice_of_cases(groups: dict[str, Rows]) -> str:
 
 def by_distance(examples: Sequence[Example]) -> Chart | None:
     """How the labels of the gallery's annotated volumes fade; None where none of them has a full label."""
-    examples = [example for example in examples if "reference" in example.masks]
+    examples = [example for example in examples if "reference" in example.labels]
     if not examples:
         return None
     curves = dice_by_distance(examples)
     several = f"the {len(examples)} annotated volumes below" if len(examples) > 1 else "the annotated volume below"
     return _chart(
-        "Labels by distance from the annotated slice", f"Dice of slices so far away, of {several} together.",
+        "Labels by distance from the annotated slice",
+        f"Dice of slices so far away (the mean over classes, of several), of {several} together.",
         np.arange(len(next(iter(curves.values())))), curves, "slices from the annotated one", smoothed=False,
     )
 
 
 def dice_by_distance(examples: Sequence[Example]) -> Curves:
     """Dice of all voxels that lie 0, 1, 2, ... slices from the annotated one, of all ``examples`` together, for each
-    kind of label that all of them have; NaN where neither label nor reference has any."""
-    names = [name for name in ("registration", "fused", "prediction") if all(name in e.masks for e in examples)]
-    overlap, total = np.zeros((2, len(names), max(example.image.shape[2] for example in examples)))
+    kind of label that all of them have: the mean over the classes that label or reference has there, NaN where that is
+    none."""
+    names = [name for name in ("registration", "fused", "prediction") if all(name in e.labels for e in examples)]
+    classes = max(int(example.labels[name].max()) for example in examples for name in ("reference", *names))
+    overlap, total = np.zeros((2, len(names), classes, max(example.image.shape[2] for example in examples)))
     for example in examples:
         distance = np.abs(np.arange(example.image.shape[2]) - example.annotated)
-        reference = example.masks["reference"]
-        for row, name in enumerate(names):
-            mask = example.masks[name]
-            np.add.at(overlap[row], distance, 2 * (mask & reference).sum((0, 1)))
-            np.add.at(total[row], distance, mask.sum((0, 1)) + reference.sum((0, 1)))
-    last = int(np.flatnonzero(total.any(0))[-1]) + 1
-    dice = np.divide(overlap, total, out=np.full_like(total, np.nan), where=total > 0)
+        for row, c in np.ndindex(len(names), classes):
+            label, reference = (example.labels[name] == c + 1 for name in (names[row], "reference"))
+            np.add.at(overlap[row, c], distance, 2 * (label & reference).sum((0, 1)))
+            np.add.at(total[row, c], distance, label.sum((0, 1)) + reference.sum((0, 1)))
+    last = int(np.flatnonzero(total.any((0, 1)))[-1]) + 1
+    of_class = np.divide(overlap, total, out=np.zeros_like(total), where=total > 0)
+    present = (total > 0).sum(1)
+    dice = np.divide(of_class.sum(1), present, out=np.full(present.shape, np.nan), where=present > 0)
     return dict(zip(names, dice[:, :last]))
 
 

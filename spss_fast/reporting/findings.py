@@ -9,7 +9,7 @@ import numpy as np
 
 from spss_fast import cli
 from spss_fast.engine.evaluation import measured_grid
-from spss_fast.reporting.gallery import Gallery
+from spss_fast.reporting.gallery import Example, Gallery, missed_and_added
 from spss_fast.reporting.record import Record, defined, measured
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -138,23 +138,26 @@ def _listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def _kind_of_error(examples: list) -> list[Finding]:
-    """Whether the worst case misses or adds, and along which slices."""
+def _kind_of_error(examples: list[Example]) -> list[Finding]:
+    """Whether the worst case misses or adds, and along which slices, where it does."""
     for example in examples:
-        name = "registration" if "registration" in example.masks else "prediction"
-        reference, mask = example.masks.get("reference"), example.masks[name]
+        name = "registration" if "registration" in example.labels else "prediction"
+        reference, label = example.labels.get("reference"), example.labels[name]
         if reference is None or not reference.any():
             continue
         size = np.count_nonzero(reference)
-        missed, added = reference & ~mask, mask & ~reference
+        missed, added = missed_and_added(label, reference)
+        text = (f"In it the {name if name == 'prediction' else 'registration label'} misses "
+                f"{np.count_nonzero(missed) / size:.0%} of the reference's voxels and adds "
+                f"{np.count_nonzero(added) / size:.0%} as many")
+        if (missed & added).any():
+            text += " (a voxel of the wrong class is both)"
         errors = (missed | added).sum((0, 1))
-        order = np.argsort(-errors, kind="stable")
-        half = int(np.searchsorted(np.cumsum(errors[order]), errors.sum() / 2)) + 1
-        return [Finding(
-            f"In it the {name if name == 'prediction' else 'registration label'} misses "
-            f"{np.count_nonzero(missed) / size:.0%} of the reference's voxels and adds "
-            f"{np.count_nonzero(added) / size:.0%} as many; half of these errors lie in {half} of "
-            f"{len(errors)} slices, most of them in slice {order[0]}.")]
+        if errors.any():
+            order = np.argsort(-errors, kind="stable")
+            half = int(np.searchsorted(np.cumsum(errors[order]), errors.sum() / 2)) + 1
+            text += f"; half of these errors lie in {half} of {len(errors)} slices, most of them in slice {order[0]}"
+        return [Finding(text + ".")]
     return []
 
 

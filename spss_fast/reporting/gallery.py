@@ -33,14 +33,15 @@ from spss_fast.settings import DataSettings
 
 @dataclass
 class Example:
-    """One case of the gallery. ``masks`` are (H, W, D) bool, by name; that of the annotated slice is 0 elsewhere."""
+    """One case of the gallery. ``labels`` are (H, W, D) uint8 in [0, C), by name; that of the annotated slice is 0
+    elsewhere."""
 
     name: str
     rank: str  # why this case, such as "worst of 20"
     scores: dict[str, float]  # as evaluated; empty where that was not done
     image: np.ndarray  # (H, W, D) float32
     spacing: tuple[float, float, float]
-    masks: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
     entropy: np.ndarray | None  # (H, W, D) float32; None before any joint iteration
     head_last: bool  # whether axis 1 runs to the patient's head, as in coronal and sagittal slices
     annotated: int | None = None
@@ -54,6 +55,12 @@ class Gallery:
     tested: list[Example] = field(default_factory=list)
     annotated: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def missed_and_added(label: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where ``label`` misses ``reference`` and where it adds to it, both bool; a voxel of the wrong class is both."""
+    wrong = label != reference
+    return wrong & (reference > 0), wrong & (label > 0)
 
 
 class _Networks:
@@ -77,8 +84,9 @@ class _Networks:
         )
 
     def predict(self, image: torch.Tensor) -> np.ndarray:
-        """The student's foreground, (H, W, D) bool."""
-        return (self.window(self.student, image, self.config.network.statistics).argmax(0) > 0).cpu().numpy()
+        """The student's label, (H, W, D) uint8."""
+        probability = self.window(self.student, image, self.config.network.statistics)
+        return probability.argmax(0).to(torch.uint8).cpu().numpy()
 
     def uncertainty(self, image: torch.Tensor) -> tuple[np.ndarray, torch.Tensor]:
         """METHOD step 4 on a whole volume: entropy (H, W, D) of the teacher's mean softmax; and one pass's softmax
@@ -101,13 +109,13 @@ class _Networks:
         )
 
     def fused(self, label: torch.Tensor, probability: torch.Tensor, annotation: torch.Tensor, index: int) -> np.ndarray:
-        """The fused label as the last iteration makes it, (H, W, D) bool."""
+        """The fused label as the last iteration makes it, (H, W, D) uint8."""
         training = self.config.training
         progress = max(0, self.iteration - 1) / training.fusion_iterations
         weight = selfpaced.fusion_weight(progress, training.fusion, training.fusion_power)
         where = torch.tensor([index], device=self.device)
         _, fused = fuse(label, probability[None], weight, annotation[None].to(self.device), where)
-        return fused[0].cpu().numpy() > 0
+        return fused[0].cpu().numpy()
 
 
 def gallery(
@@ -152,7 +160,7 @@ def gallery(
             else:
                 made.tested.append(_tested_example(networks, case, rank, record))
             progress.update(done, case.name)
-    bare = [example.name for example in made.annotated if "reference" not in example.masks]
+    bare = [example.name for example in made.annotated if "reference" not in example.labels]
     if bare:
         made.notes.append(f"No label beside the annotated slice, so nothing to compare with: {', '.join(bare)}.")
     return made
@@ -183,18 +191,18 @@ def _prepared(
 
 def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: Record) -> Example:
     image = torch.from_numpy(case.image)
-    masks = {"prediction": networks.predict(image)}
+    labels = {"prediction": networks.predict(image)}
     entropy, _ = networks.uncertainty(image)
     if case.has_full_label:
-        masks["reference"] = case.full_label() > 0
+        labels["reference"] = np.asarray(case.full_label())
     scores = (record.evaluation or {}).get(case.name, {})
-    example = Example(case.name, rank, scores, case.image, case.spacing, masks, entropy, _head_last(case))
-    if "reference" in masks:
-        doubt, why, whole = masks["prediction"] ^ masks["reference"], "largest disagreement", "reference"
+    example = Example(case.name, rank, scores, case.image, case.spacing, labels, entropy, _head_last(case))
+    if "reference" in labels:
+        doubt, why, whole = labels["prediction"] != labels["reference"], "largest disagreement", "reference"
     else:
         doubt, why, whole = entropy, "most uncertain", "prediction"
     first = _largest(doubt)
-    example.slices = [(first, why), (_largest(masks[whole]), f"largest section of the {whole}")]
+    example.slices = [(first, why), (_largest(labels[whole] > 0), f"largest section of the {whole}")]
     if example.slices[1][0] == first:
         far = np.abs(np.arange(doubt.shape[2]) - first) > doubt.shape[2] // 8
         example.slices.append((_largest(doubt * far), f"{why} elsewhere"))
@@ -208,25 +216,26 @@ def _annotated_example(
     image, index = torch.from_numpy(case.image), record.cases["annotated"][case.name]
     annotation = annotated_slice(case, index, given.get(case.name), record.config.data)
     label = networks.labels(image, annotation, index)
-    drawn = np.zeros(case.image.shape, bool)
-    drawn[:, :, index] = annotation.numpy() > 0
-    masks, entropy = {"annotated": drawn, "registration": label[0].cpu().numpy() > 0}, None
+    drawn = np.zeros(case.image.shape, np.uint8)
+    drawn[:, :, index] = annotation.numpy()
+    labels, entropy = {"annotated": drawn, "registration": label[0].cpu().numpy()}, None
     if record.iteration:
         entropy, probability = networks.uncertainty(image)
-        masks |= {"fused": networks.fused(label, probability, annotation, index), "prediction": networks.predict(image)}
+        fused = networks.fused(label, probability, annotation, index)
+        labels |= {"fused": fused, "prediction": networks.predict(image)}
     full = case.full_label()
     if full is not None:
-        masks["reference"] = full > 0
+        labels["reference"] = np.asarray(full)
     example = Example(
-        case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, masks, entropy,
+        case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, labels, entropy,
         _head_last(case), index,
     )
     example.slices = [(index, "annotated")]
-    other = masks.get("reference", masks.get("prediction"))
+    other = labels.get("reference", labels.get("prediction"))
     if other is not None:
-        against = "reference" if "reference" in masks else "prediction"
+        against = "reference" if "reference" in labels else "prediction"
         why = f"registration label and {against} differ most"
-        example.slices.append((_largest(masks["registration"] ^ other), why))
+        example.slices.append((_largest(labels["registration"] != other), why))
     example.slices = _distinct(example.slices)
     return example
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shlex
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -15,6 +16,7 @@ import numpy as np
 from spss_fast import __version__, metrics
 from spss_fast.config import resolve
 from spss_fast.engine.evaluation import Rows
+from spss_fast.engine.preview import class_color
 from spss_fast.reporting import charts, findings, panels
 from spss_fast.reporting.gallery import Example, Gallery
 from spss_fast.reporting.record import Record, defined, measured
@@ -33,17 +35,20 @@ def render(record: Record, gallery: Gallery) -> str:
     )
     groups = {"student": record.evaluation, "registration\nlabels": record.labels}
     groups = {name: rows for name, rows in groups.items() if rows and measured(rows)}
+    values = record.config.data.class_values
     return environment.get_template("page.html").render(
         name=record.name, lead=_lead(record), answers=findings.answers(record, gallery),
         strip=charts.dice_of_cases(groups) if groups else "",
         evaluation=_table(record.evaluation), evaluated=record.evaluated, command=findings.command(record),
         distances=_distances(record.about.get("units")),
         notes=gallery.notes, iteration=record.iteration, passes=record.config.selection.passes,
-        lines=[{"name": name, "label": label, "color": color, "dash": dash}
+        lines=[{"name": name, "label": label, "color": color if len(values) == 2 else "#ffffff", "dash": dash}
                for name, (label, color, dash) in panels.LINES.items()],
+        classes=[(class_color(c), value) for c, value in enumerate(values) if c] if len(values) > 2 else [],
         ramp=[matplotlib.colors.to_hex(matplotlib.colormaps["inferno"](share)) for share in np.linspace(0.25, 1, 6)],
-        missed=panels.MISSED, added=panels.ADDED,
-        tested=_examples(gallery.tested, "tested"), annotated=_examples(gallery.annotated, "annotated"),
+        missed=panels.MISSED, added=panels.ADDED, wrong_class=panels.WRONG_CLASS,
+        tested=_examples(gallery.tested, values, "tested"),
+        annotated=_examples(gallery.annotated, values, "annotated"),
         distance=charts.by_distance(gallery.annotated),
         tested_title=_tested_title(record),
         charts=charts.charts(record), trend_from=charts.TREND_FROM,
@@ -107,13 +112,13 @@ def _table(rows: Rows | None) -> dict[str, Any] | None:
     }
 
 
-def _examples(examples: list[Example], key: str) -> list[dict[str, Any]]:
+def _examples(examples: list[Example], values: Sequence[int], key: str) -> list[dict[str, Any]]:
     shown = []
     for number, example in enumerate(examples):
         scores = ", ".join(f"{NAMES.get(name, name)} {_number(name, value)}" for name, value in example.scores.items())
         shown.append({
-            "title": example.rank.capitalize(), "name": example.name, "scores": scores or _unmeasured(example),
-            "rows": panels.rows(example, f"{key}-{number}"),
+            "title": example.rank.capitalize(), "name": example.name, "scores": scores or _unmeasured(example, values),
+            "rows": panels.rows(example, values, f"{key}-{number}"),
         })
     return shown
 
@@ -124,13 +129,13 @@ def _tested_title(record: Record) -> str:
     return "Test cases" if record.cases["held_out"] else "Unlabelled training cases"
 
 
-def _unmeasured(example: Example) -> str:
+def _unmeasured(example: Example, values: Sequence[int]) -> str:
     """What stands in place of metrics."""
-    if "reference" not in example.masks:
+    if "reference" not in example.labels:
         return "Not measured: it has no full label."
-    name, noun = ("registration", "registration label") if "registration" in example.masks else ("prediction",) * 2
-    dice = metrics.dice(example.masks[name], example.masks["reference"])
-    return f"Not measured; the {noun} drawn here has Dice {dice:.2f}."
+    name, noun = ("registration", "registration label") if "registration" in example.labels else ("prediction",) * 2
+    dice = metrics.evaluate_classes(example.labels[name], example.labels["reference"], values)["dice"]
+    return f"Not measured; the {noun} drawn here has Dice {_number('dice', dice)}."
 
 
 def _no_labels(record: Record) -> str:

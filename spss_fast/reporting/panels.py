@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.path import Path as Contour
 from scipy import ndimage
 
-from spss_fast.engine.preview import COLORS
-from spss_fast.reporting.gallery import Example
+from spss_fast.engine.preview import COLORS, class_color
+from spss_fast.reporting.gallery import Example, missed_and_added
 
-# in drawing order; dashes on top of whole lines tell them apart where they coincide, in print, and without colours
+# in drawing order; dashes on top of whole lines tell them apart where they coincide, in print, without colours, and
+# where colours stand for classes
 LINES = {
     "annotated": ("annotated slice", "#ffffff", ""),
     "registration": ("registration label", COLORS["registration"], ""),
@@ -27,7 +28,7 @@ LINES = {
     "reference": ("reference", COLORS["reference"], "3 4"),
 }
 NOUNS = {"registration": "registration label", "fused": "fused label"}
-MISSED, ADDED = "#56b4ff", "#ff8c42"
+MISSED, ADDED, WRONG_CLASS = "#56b4ff", "#ff8c42", "#e65cff"
 LARGEST = 320  # pixels a side; slices of more are thinned for the page's size
 SURROUNDINGS = 0.4  # of the contours' box, shown on each side of it
 LEAST_SHOWN = 0.5  # of the slice's side
@@ -51,48 +52,51 @@ class Row:
     panels: list[Panel]
 
 
-def rows(example: Example, key: str) -> list[Row]:
-    """The pictures of an example's slices; ``key`` makes the ids in the SVGs its own."""
+def rows(example: Example, values: Sequence[int], key: str) -> list[Row]:
+    """The pictures of an example's slices; ``values`` (C,) are the classes' label values, and ``key`` makes the ids in
+    the SVGs its own."""
     if example.head_last:  # axis 1 is drawn downwards, and a patient stands upright
         example = replace(
-            example, image=example.image[:, ::-1], masks={name: m[:, ::-1] for name, m in example.masks.items()},
+            example, image=example.image[:, ::-1], labels={name: m[:, ::-1] for name, m in example.labels.items()},
             entropy=None if example.entropy is None else example.entropy[:, ::-1],
         )
     low, high = np.percentile(example.image, (1, 99))
     gray = np.clip((example.image - low) / max(high - low, 1e-6), 0, 1)
-    return [_row(example, gray[:, :, z], z, why, f"{key}-{z}") for z, why in example.slices]
+    return [_row(example, gray[:, :, z], z, why, values, f"{key}-{z}") for z, why in example.slices]
 
 
-def _row(example: Example, gray: np.ndarray, z: int, why: str, key: str) -> Row:
-    masks = {name: mask[:, :, z] for name, mask in example.masks.items()}
-    frame = _Frame(gray, masks, example.spacing, key)
+def _row(example: Example, gray: np.ndarray, z: int, why: str, values: Sequence[int], key: str) -> Row:
+    labels = {name: label[:, :, z] for name, label in example.labels.items()}
+    frame = _Frame(gray, labels, example.spacing, key)
+
+    def contours(*names: str) -> str:
+        return _contours({name: labels[name] for name in names if name in labels}, values)
+
     panels = []
-    if "registration" in masks:
-        pseudo = {name: masks[name] for name in ("annotated", "registration", "fused", "reference") if name in masks}
-        panels.append(Panel("pseudo labels", frame.svg(_contours(pseudo), "pseudo labels")))
-    if "prediction" in masks:
-        shown = {name: masks[name] for name in ("prediction", "reference") if name in masks}
-        panels.append(Panel("prediction", frame.svg(_contours(shown), "prediction")))
-        if "registration" not in masks and "reference" in masks:
-            overlay = _image(_error_colors(masks["prediction"], masks["reference"]), gray.shape, "errors")
+    if "registration" in labels:
+        pseudo = contours("annotated", "registration", "fused", "reference")
+        panels.append(Panel("pseudo labels", frame.svg(pseudo, "pseudo labels")))
+    if "prediction" in labels:
+        panels.append(Panel("prediction", frame.svg(contours("prediction", "reference"), "prediction")))
+        if "registration" not in labels and "reference" in labels:
+            overlay = _image(_error_colors(labels["prediction"], labels["reference"]), gray.shape, "errors")
             panels.append(Panel("errors", frame.svg(overlay, "errors")))
     if example.entropy is not None:
         overlay = _image(_entropy_colors(example.entropy[:, :, z]), gray.shape, "uncertainty")
-        contours = _contours({"prediction": masks["prediction"]})
-        panels.append(Panel("uncertainty", frame.svg(overlay + contours, "uncertainty")))
+        panels.append(Panel("uncertainty", frame.svg(overlay + contours("prediction"), "uncertainty")))
     # the first picture brings the image, the others refer to it
     panels[0].svg = panels[0].svg.replace(frame.reference(), frame.definition(), 1)
-    return Row(f"Slice {z} of {example.image.shape[2]}: {why}", _differences(masks), panels)
+    return Row(f"Slice {z} of {example.image.shape[2]}: {why}", _differences(labels), panels)
 
 
-def _differences(masks: dict[str, np.ndarray]) -> str:
+def _differences(labels: dict[str, np.ndarray]) -> str:
     """What the labels of one slice miss and add beside the reference, in words."""
-    if "reference" not in masks:
+    if "reference" not in labels:
         return ""
-    reference, parts = masks["reference"], []
+    reference, parts = labels["reference"], []
     for name in ("registration", "fused", "prediction"):
-        if name in masks:
-            missed, added = (np.count_nonzero(part) for part in (reference & ~masks[name], masks[name] & ~reference))
+        if name in labels:
+            missed, added = map(np.count_nonzero, missed_and_added(labels[name], reference))
             parts.append(f"{NOUNS.get(name, name)} misses {missed}, adds {added}")
     size = np.count_nonzero(reference)
     return f"{f'Of its {size} reference voxels' if size else 'It has no reference voxels'}: {'; '.join(parts)}."
@@ -101,9 +105,9 @@ def _differences(masks: dict[str, np.ndarray]) -> str:
 class _Frame:
     """The part of a slice (H, W) that is shown, at the shape it has in the body: axis 0 to the right, axis 1 down."""
 
-    def __init__(self, gray: np.ndarray, masks: dict[str, np.ndarray], spacing: tuple[float, ...], key: str):
+    def __init__(self, gray: np.ndarray, labels: dict[str, np.ndarray], spacing: tuple[float, ...], key: str):
         self.gray, self.key = gray, key
-        union = np.any(list(masks.values()), 0)
+        union = np.any(list(labels.values()), 0)
         size = [(end - start) * step for (start, end), step in zip(self._extents(union, (0, 0)), spacing)]
         self.box = self._extents(union, [math.ceil(FLATTEST * max(size) / step) for step in spacing[:2]])
         (left, right), (top, bottom) = self.box
@@ -139,12 +143,20 @@ def _extent(mask: np.ndarray, axis: int, least: int) -> tuple[int, int]:
     return start, start + length
 
 
-def _contours(masks: dict[str, np.ndarray]) -> str:
-    """Outlines of masks (H, W) in voxel coordinates, where voxel i reaches from i to i + 1."""
-    return "".join(
-        f'<path class="{name}" d="{path}"><title>{LINES[name][0]}</title></path>'
-        for name, mask in masks.items() if (path := _outline(mask))
-    )
+def _contours(labels: dict[str, np.ndarray], values: Sequence[int]) -> str:
+    """Outlines of the classes of labels (H, W) in voxel coordinates, where voxel i reaches from i to i + 1: in the
+    label's own colour, or, of several classes, in theirs."""
+    parts = []
+    for name, label in labels.items():
+        for c, value in enumerate(values[1:], 1):
+            color, title = "", LINES[name][0]
+            if len(values) > 2:
+                title += f", label value {value}"
+                if name != "annotated":  # a border around the lines on it
+                    color = f' style="stroke:{class_color(c)}"'
+            if path := _outline(label == c):
+                parts.append(f'<path class="{name}"{color} d="{path}"><title>{title}</title></path>')
+    return "".join(parts)
 
 
 def _outline(mask: np.ndarray) -> str:
@@ -162,9 +174,10 @@ def _outline(mask: np.ndarray) -> str:
 
 
 def _error_colors(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """(H, W, 4): what is missed and what is added."""
+    """(H, W, 4): what is missed, what is added, and what is both, of the wrong class."""
     colors = np.zeros((*prediction.shape, 4))
-    for mask, color in ((reference & ~prediction, MISSED), (prediction & ~reference, ADDED)):
+    missed, added = missed_and_added(prediction, reference)
+    for mask, color in ((missed, MISSED), (added, ADDED), (missed & added, WRONG_CLASS)):
         colors[mask] = matplotlib.colors.to_rgba(color, 0.75)
     return colors
 
