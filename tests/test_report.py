@@ -21,6 +21,7 @@ from rich.console import Console
 
 from spss_fast import evaluate, report, train
 from spss_fast.config import resolve
+from spss_fast.data.annotations import Annotation
 from spss_fast.data.cache import prepare
 from spss_fast.data.geometry import Grid
 from spss_fast.data.layouts import find_cases
@@ -166,9 +167,9 @@ def test_the_gallery_goes_from_the_worst_to_the_best(page, finished):
     places = [page.text.index(f"{rank} of 3 {case}")
               for rank, case in (("Worst", worst), ("Median", middle), ("Best", best))]
     assert places == sorted(places)
-    annotated = json.loads((finished / "cases.json").read_text())["annotated"]
+    annotated = json.loads((finished / "cases.json").read_text())["annotated_in_file"]
     for name, index in annotated.items():
-        assert name in page.text and f"Slice {index} of 16: annotated" in page.text
+        assert name in page.text and f"Slice {index}: annotated" in page.text
     classes = [attributes.get("class", "").split()[:1] for tag, attributes in page.tags if tag == "path"]
     assert {"annotated", "registration", "fused", "prediction", "reference"} <= {c[0] for c in classes if c}
     assert sum(tag == "image" for tag, _ in page.tags) > 10  # scans and overlays
@@ -183,6 +184,37 @@ def test_curves_settings_and_environment_are_there(page):
     assert settings["iterations"] == f"3 (preset: {resolve('phantom').training.iterations})"
     assert settings["temperature"] == "0.07"
     assert settings["torch"] and settings["command"] and settings["held out"] == "yes"
+
+
+def test_slices_have_the_numbers_of_the_files(run):
+    """Those of the prepared volumes only where an older run says no others."""
+    cases = json.loads((run / "cases.json").read_text())
+    page = _page(run)
+    name, index = next(iter(cases["annotated_in_file"].items()))
+    assert f"{name} (slice {index})" in page.text and "from 0 along the slice axis of the scan's file" in page.text
+    del cases["annotated_in_file"]
+    cases["annotated"][name] = 99
+    (run / "cases.json").write_text(json.dumps(cases))
+    page = _page(run)
+    assert f"{name} (slice 99)" in page.text and "from 0 along the slices of the prepared volume" in page.text
+
+
+def test_gallery_and_cases_agree_on_the_annotated_slice(run, finished, tmp_path):
+    """Of a volume of fewer slices than its file the annotation says which slice of the file it is."""
+    cases = json.loads((run / "cases.json").read_text())
+    name = next(iter(cases["annotated"]))
+    read = record.read(run)
+    case = gallery._prepared("phantom", finished.parent / "data", [name], read.config.data)[name]
+    index = cases["annotated"][name]
+    lost = next(z for z in range(case.source.size[2]) if case.slice_to_source(case.slice_from_source(z)) != z)
+    read.cases["annotated"][name] = case.slice_from_source(lost)
+    networks = gallery._Networks(read, torch.device("cpu"))
+    named = gallery._annotated_example(networks, case, "", read, {name: Annotation(lost)})
+    assert named.in_file[named.annotated] == lost
+    assert panels.rows(named, (0, 1), "")[0].title.startswith(f"Slice {lost}: annotated")
+    read.cases["annotated"][name] = index
+    drawn = gallery._annotated_example(networks, case, "", read, {})
+    assert drawn.in_file[index] == cases["annotated_in_file"][name] == case.slice_to_source(index)
 
 
 def test_names_are_text_and_not_markup(run):
@@ -387,7 +419,7 @@ def test_a_tested_case_is_shown_where_it_is_most_wrong_and_where_it_is_largest()
     prediction[:5, :5, 4] = reference[:6, :5, 4] = reference[:3, :3, 2] = 1
     networks = SimpleNamespace(predict=lambda image: prediction, uncertainty=lambda image: (np.zeros((6, 6, 8)), None))
     case = SimpleNamespace(name="a", image=np.zeros((6, 6, 8), np.float32), spacing=(1, 1, 1), grid=Grid((6, 6, 8)),
-                           has_full_label=True, full_label=lambda: reference)
+                           has_full_label=True, full_label=lambda: reference, slice_to_source=lambda z: z)
     example = gallery._tested_example(networks, case, "", SimpleNamespace(evaluation=None))
     assert example.slices == [(2, "largest disagreement"), (4, "largest section of the reference")]
     reference[:, :, 6] = prediction[:, :, 6] = 1
@@ -429,7 +461,7 @@ def test_patients_stand_upright_in_coronal_and_sagittal_slices(plane, upright, t
     image = np.zeros((20, 12, 3), np.float32)
     image[:, 10:] = 1  # the end of axis 1
     example = gallery.Example("a", "", {}, image, (1, 1, 1), {"prediction": image > 0}, image, slices=[(1, "why")],
-                              head_last=gallery._head_last(case))
+                              head_last=gallery._head_last(case), in_file=[0, 1, 2])
     row, = panels.rows(example, (0, 1), "key")
     for panel, kind in ((row.panels[0], "scan"), (row.panels[1], "uncertainty")):
         data = re.search(rf'class="{kind}".*?base64,([^"]+)', panel.svg)[1]
@@ -478,7 +510,7 @@ def test_labels_by_distance_pool_the_volumes():
     worse[0, :, 1] = 0
     examples = [
         gallery.Example("a", "", {}, np.zeros((4, 1, 5)), (1, 1, 1), {"registration": mask, "reference": reference},
-                        None, False, 2)
+                        None, False, [0, 1, 2, 3, 4], 2)
         for mask in (reference, worse)
     ]
     np.testing.assert_allclose(charts.dice_by_distance(examples)["registration"], [1, 2 * 7 / 15])
@@ -493,7 +525,7 @@ def test_labels_by_distance_are_the_mean_over_the_classes_that_are_there():
     label = reference.copy()
     label[2:, :, 1] = 1
     example = gallery.Example("a", "", {}, np.zeros((4, 1, 4)), (1, 1, 1),
-                              {"registration": label, "reference": reference}, None, False, 0)
+                              {"registration": label, "reference": reference}, None, False, [0, 1, 2, 3], 0)
     dice = charts.dice_by_distance([example])["registration"]
     np.testing.assert_allclose(dice, [1, (2 * 2 / 6 + 0) / 2, 1, 1])
 
@@ -621,10 +653,10 @@ def test_what_is_missed_and_what_is_added_are_told_apart():
     for place, color in (((0, 1), panels.MISSED), ((2, 0), panels.ADDED)):
         np.testing.assert_allclose(colors[place], matplotlib.colors.to_rgba(color, 0.75))
     assert not colors[[0, 1, 3], [0, 1, 1]].any()
-    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), labels, None, False)
+    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), labels, None, False, [8, 7, 6])
     finding, = findings._kind_of_error([example])
     assert "the prediction misses 38% of the reference's voxels and adds 50% as many; half" in finding.text
-    assert finding.text.endswith("lie in 1 of 3 slices, most of them in slice 1.")
+    assert finding.text.endswith("lie in 1 of 3 prepared slices, most of them in the file's slice 7.")
 
 
 def test_a_voxel_of_the_wrong_class_is_missed_and_added():
@@ -632,10 +664,11 @@ def test_a_voxel_of_the_wrong_class_is_missed_and_added():
     reference[:2, :, 1], reference[2:, :, 1] = 1, 2
     swapped = np.array([0, 2, 1], np.uint8)[reference]
     labels = {"prediction": swapped, "reference": reference}
-    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), labels, None, False, slices=[(1, "why")])
+    example = gallery.Example("a", "", {}, np.zeros((4, 4, 3)), (1, 1, 1), labels, None, False, [0, 1, 2],
+                              slices=[(1, "why")])
     finding, = findings._kind_of_error([example])
     assert finding.text.startswith("In it the prediction misses 100% of the reference's voxels and adds 100% as many (")
-    assert "half of these errors lie in 1 of 3 slices, most of them in slice 1" in finding.text
+    assert "half of these errors lie in 1 of 3 prepared slices, most of them in the file's slice 1" in finding.text
     row, = panels.rows(example, (0, 3, 7), "key")
     assert row.text == "Of its 16 reference voxels: prediction misses 16, adds 16."
     np.testing.assert_allclose(panels._error_colors(swapped, reference)[..., 1, :],
@@ -650,7 +683,7 @@ def test_a_voxel_of_the_wrong_class_is_missed_and_added():
 def test_nothing_is_said_of_where_errors_lie_if_there_are_none():
     label = np.ones((2, 2, 3), np.uint8)
     example = gallery.Example("a", "", {}, np.zeros((2, 2, 3)), (1, 1, 1), {"prediction": label, "reference": label},
-                              None, False)
+                              None, False, [0, 1, 2])
     finding, = findings._kind_of_error([example])
     assert finding.text == "In it the prediction misses 0% of the reference's voxels and adds 0% as many."
 

@@ -32,10 +32,15 @@ class Dataset:
     test: list[PreparedCase]
 
     def describe(self) -> dict[str, Any]:
-        """Who is annotated where, who trains, who tests: what ``cases.json`` keeps."""
+        """Who is annotated where, who trains, who tests: what ``cases.json`` keeps.
+
+        ``annotated`` counts slices of the prepared volumes, which may be mirrored, cropped and resampled, and
+        ``annotated_in_file`` those of the files, as ``annotations`` does.
+        """
         return {
             "data_dir": str(self.folder.resolve()),
             "annotated": {volume.name: volume.index for volume in self.labeled},
+            "annotated_in_file": {volume.name: volume.index_in_file for volume in self.labeled},
             "train": self.split.train, "test": self.split.test, "held_out": self.split.held_out,
         }
 

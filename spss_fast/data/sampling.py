@@ -27,6 +27,7 @@ class TrainingVolume:
 
     ``image`` (H, W, D) float32; ``index`` the annotated slice z* and ``annotation`` its label (H, W) uint8, or both
     None; ``reference`` the full label (H, W, D) uint8 or None, which no loss and no crop may depend on.
+    ``index_in_file`` is the annotated slice as the scan's file counts it (:func:`index_in_file`), for people.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TrainingVolume:
     index: int | None = None
     annotation: torch.Tensor | None = None
     reference: torch.Tensor | None = None
+    index_in_file: int | None = None
 
 
 @dataclass
@@ -64,10 +66,11 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
     slices, given = annotated_slices(cases, settings, seed), read_annotations(settings)
     volumes = []
     for case in cases:
-        index, image = slices[case.name], torch.from_numpy(case.image)
-        annotation, full = annotated_slice(case, index, given.get(case.name), settings), case.full_label()
+        index, image, named = slices[case.name], torch.from_numpy(case.image), given.get(case.name)
+        annotation, full = annotated_slice(case, index, named, settings), case.full_label()
         reference = None if full is None else torch.from_numpy(full)
-        volumes.append(TrainingVolume(case.name, image, index, annotation, reference))
+        where = index_in_file(case, index, named)
+        volumes.append(TrainingVolume(case.name, image, index, annotation, reference, where))
     return volumes
 
 
@@ -80,6 +83,12 @@ def annotated_slice(
         named = Annotation(case.only_slice)
     mask = case.label()[:, :, index] if named is None else case.annotation_from_source(named, settings)
     return torch.from_numpy(np.array(mask, order="C"))
+
+
+def index_in_file(case: PreparedCase, index: int, named: Annotation | None) -> int:
+    """Prepared slice ``index``, the annotated one, as the scan's file counts it: from 0 along its slice axis. Where the
+    prepared slices are others than the file's, it is the nearest, or the one that the user ``named``."""
+    return case.slice_to_source(index) if named is None else named.index_in(case.source)
 
 
 def unlabeled_volumes(cases: list[PreparedCase]) -> list[TrainingVolume]:

@@ -60,7 +60,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
             shown = {name: label[i, :, :, z]}
             if batch.reference is not None:
                 shown = {"reference": batch.reference[i, :, :, z].numpy()} | shown
-            _panel(axis, image[i, :, :, z], f"{name}, slice {z}{star}", shown, len(values))
+            _panel(axis, image[i, :, :, z], f"{name}, patch slice {z}{star}", shown, len(values))
         row[0].text(-0.02, 0.5, batch.names[i], rotation=90, ha="right", va="center", fontsize=9, parse_math=False,
                     transform=row[0].transAxes)
         title = f"m (CutMix, turned); blue: {mask.sum():,} selected, {mask.mean():.2%}"

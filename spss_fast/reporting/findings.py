@@ -156,7 +156,8 @@ def _kind_of_error(examples: list[Example]) -> list[Finding]:
         if errors.any():
             order = np.argsort(-errors, kind="stable")
             half = int(np.searchsorted(np.cumsum(errors[order]), errors.sum() / 2)) + 1
-            text += f"; half of these errors lie in {half} of {len(errors)} slices, most of them in slice {order[0]}"
+            text += f"; half of these errors lie in {half} of {len(errors)} prepared slices, most of them in the "
+            text += f"file's slice {example.in_file[order[0]]}"
         return [Finding(text + ".")]
     return []
 

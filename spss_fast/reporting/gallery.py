@@ -15,7 +15,7 @@ from spss_fast.data.annotations import Annotation, read_annotations
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.geometry import PLANES
 from spss_fast.data.layouts import find_cases
-from spss_fast.data.sampling import annotated_slice
+from spss_fast.data.sampling import annotated_slice, index_in_file
 from spss_fast.engine import selfpaced
 from spss_fast.engine.device import resolve_amp
 from spss_fast.engine.evaluation import Rows
@@ -44,6 +44,7 @@ class Example:
     labels: dict[str, np.ndarray]
     entropy: np.ndarray | None  # (H, W, D) float32; None before any joint iteration
     head_last: bool  # whether axis 1 runs to the patient's head, as in coronal and sagittal slices
+    in_file: list[int]  # of every slice, which one of the scan's file it is, from 0 along the file's slice axis
     annotated: int | None = None
     slices: list[tuple[int, str]] = field(default_factory=list)  # slice, and why this one
 
@@ -196,7 +197,8 @@ def _tested_example(networks: _Networks, case: PreparedCase, rank: str, record: 
     if case.has_full_label:
         labels["reference"] = np.asarray(case.full_label())
     scores = (record.evaluation or {}).get(case.name, {})
-    example = Example(case.name, rank, scores, case.image, case.spacing, labels, entropy, _head_last(case))
+    example = Example(case.name, rank, scores, case.image, case.spacing, labels, entropy, _head_last(case),
+                      _in_file(case))
     if "reference" in labels:
         doubt, why, whole = labels["prediction"] != labels["reference"], "largest disagreement", "reference"
     else:
@@ -228,8 +230,9 @@ def _annotated_example(
         labels["reference"] = np.asarray(full)
     example = Example(
         case.name, rank, (record.labels or {}).get(case.name, {}), case.image, case.spacing, labels, entropy,
-        _head_last(case), index,
+        _head_last(case), _in_file(case), index,
     )
+    example.in_file[index] = index_in_file(case, index, given.get(case.name))
     example.slices = [(index, "annotated")]
     other = labels.get("reference", labels.get("prediction"))
     if other is not None:
@@ -242,6 +245,10 @@ def _annotated_example(
 
 def _head_last(case: PreparedCase) -> bool:
     return case.grid.patient_axes()[1] == PLANES["axial"]
+
+
+def _in_file(case: PreparedCase) -> list[int]:
+    return [case.slice_to_source(z) for z in range(case.image.shape[2])]
 
 
 def _largest(values: np.ndarray) -> int:

@@ -183,8 +183,12 @@ def _environment(record: Record) -> dict[str, str]:
 
 def _cases(record: Record) -> dict[str, str]:
     cases = record.cases
-    annotated = ", ".join(f"{name} (slice {index})" for name, index in cases["annotated"].items())
+    in_file = "annotated_in_file" in cases  # older runs do not say
+    slices = cases["annotated_in_file" if in_file else "annotated"]
+    whose = "slice axis of the scan's file" if in_file else "slices of the prepared volume, not of the scan's file"
     return {
-        "data folder": cases["data_dir"], "annotated": annotated, "trained on": ", ".join(cases["train"]),
+        "data folder": cases["data_dir"],
+        "annotated": ", ".join(f"{name} (slice {index})" for name, index in slices.items()),
+        "slices count": f"from 0 along the {whose}", "trained on": ", ".join(cases["train"]),
         "test": ", ".join(cases["test"]), "held out": "yes" if cases["held_out"] else "no",
     }

@@ -86,7 +86,7 @@ def _row(example: Example, gray: np.ndarray, z: int, why: str, values: Sequence[
         panels.append(Panel("uncertainty", frame.svg(overlay + contours("prediction"), "uncertainty")))
     # the first picture brings the image, the others refer to it
     panels[0].svg = panels[0].svg.replace(frame.reference(), frame.definition(), 1)
-    return Row(f"Slice {z} of {example.image.shape[2]}: {why}", _differences(labels), panels)
+    return Row(f"Slice {example.in_file[z]}: {why}", _differences(labels), panels)
 
 
 def _differences(labels: dict[str, np.ndarray]) -> str:

@@ -1,4 +1,4 @@
-"""The preview's picture: what its rows are called."""
+"""The preview's picture: what its rows and pictures are called."""
 
 import torch
 
@@ -7,7 +7,7 @@ from spss_fast.engine import preview
 from spss_fast.engine.step import Outputs
 
 
-def test_every_row_names_its_case(tmp_path, monkeypatch):
+def test_every_row_names_its_case_and_slice(tmp_path, monkeypatch):
     figures = []
 
     class Figure(preview.Figure):
@@ -22,4 +22,6 @@ def test_every_row_names_its_case(tmp_path, monkeypatch):
     preview.save_preview(tmp_path / "1.png", batch, outputs, 1, (0, 1))
     named = [[text.get_text() for text in axis.texts] for axis in figures[0].axes]
     assert named[::4] == [["a_$1"]] * 3 + [["b$"]] * 3 and not any(names for names in named if names not in named[::4])
+    titles = [axis.get_title() for axis in figures[0].axes[::4]]
+    assert titles[:3] == [f"registration, patch slice {z}" for z in ("2", "4 (annotated)", "9")]
     assert (tmp_path / "1.png").stat().st_size > 0
