@@ -87,8 +87,11 @@ def annotated_slice(
 
 def index_in_file(case: PreparedCase, index: int, named: Annotation | None) -> int:
     """Prepared slice ``index``, the annotated one, as the scan's file counts it: from 0 along its slice axis. Where the
-    prepared slices are others than the file's, it is the nearest, or the one that the user ``named``."""
-    return case.slice_to_source(index) if named is None else named.index_in(case.source)
+    prepared slices are others than the file's, it is the nearest, the only one that a label shows, or the one that the
+    user ``named``."""
+    if named is not None:
+        return named.index_in(case.source)
+    return case.slice_to_source(index) if case.only_slice is None else case.only_slice
 
 
 def unlabeled_volumes(cases: list[PreparedCase]) -> list[TrainingVolume]:

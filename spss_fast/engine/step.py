@@ -311,14 +311,15 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
 def foreground_dice(
     name: str, prediction: Tensor, reference: Tensor | None, values: Sequence[int]
 ) -> dict[str, float]:
-    """Dice of two labels in [0, C) averaged over foreground classes, as ``name``, for monitoring; 1 where both are
-    empty, nan without a ``reference``. Several classes stand beside it, each as ``name_VALUE``; ``values`` are the
-    classes' label values."""
+    """Dice of two labels in [0, C) averaged over the foreground classes that either shows, as ``name``, for monitoring;
+    NaN where that is none, and without a ``reference``. Several classes stand beside it, each as ``name_VALUE``;
+    ``values`` are the classes' label values."""
     dice = {f"{name}_{value}": math.nan for value in values[1:]}
     if reference is not None:
         reference = reference.to(prediction.device)
         for c, of_class in enumerate(dice, 1):
             p, r = prediction == c, reference == c
             total = int(p.sum()) + int(r.sum())
-            dice[of_class] = 2 * int((p & r).sum()) / total if total else 1.0
-    return {name: sum(dice.values()) / len(dice)} | (dice if len(dice) > 1 else {})
+            dice[of_class] = 2 * int((p & r).sum()) / total if total else math.nan
+    known = [value for value in dice.values() if not math.isnan(value)]
+    return {name: sum(known) / len(known) if known else math.nan} | (dice if len(dice) > 1 else {})

@@ -221,6 +221,7 @@ def test_the_only_slice_that_a_label_shows_is_taken_whole_at_half_resolution(tmp
     square[2:5, 2:5] = 1  # of a pixel beyond it, 1 of 4 or 2 of 4, which is as many
     square[4, 4] = 0
     np.testing.assert_array_equal(volume.annotation, square)
+    assert volume.index_in_file == index
 
 
 def test_several_classes_are_drawn_where_most_of_them_show(tmp_path):
