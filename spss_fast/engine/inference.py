@@ -65,12 +65,13 @@ def sliding_window(
     """Mean softmax (C, H, W, D) float32 over all windows of ``image`` (H, W, D), on the network's device.
 
     ``patch`` and ``stride`` are in voxels; an image smaller than the patch is padded with its minimum and cropped
-    back. ``tiles`` windows go through the network at once. The mean is the plain one that this literature's figures
-    are taken with; ``gaussian`` lets the middle of a window, which sees most around it, count more than its rim.
-    ``mirror`` averages over in-plane flips, for four times the work. ``statistics`` ``"case"`` first replaces the
-    running batch-norm statistics by those of the image's own windows, half a patch apart, which takes a scan's contrast
-    out: prediction-time batch normalisation (Nado et al., 2020). The network's mode (training or not) is the caller's.
-    Raises ``ValueError`` for a stride beyond the patch, which would leave voxels out.
+    back. ``tiles`` windows go through the network at once, which in evaluation mode is a matter of memory and time
+    alone. The mean is the plain one that this literature's figures are taken with; ``gaussian`` lets the middle of a
+    window, which sees most around it, count more than its rim. ``mirror`` averages over in-plane flips, for four times
+    the work. ``statistics`` ``"case"`` first replaces the running batch-norm statistics by the mean of those of the
+    image's own windows, half a patch apart, each on its own, which takes a scan's contrast out: prediction-time batch
+    normalisation (Nado et al., 2020). The network's mode (training or not) is the caller's. Raises ``ValueError`` for
+    a stride beyond the patch, which would leave voxels out.
     """
     if any(s > p for p, s in zip(patch, stride)):
         raise ValueError(f"the stride {tuple(stride)} exceeds the patch {tuple(patch)}")
@@ -85,17 +86,18 @@ def sliding_window(
         for start in window_starts(len(summed), p, s):
             summed[start : start + p] += profile
 
-    def batches(apart: Sequence[int]) -> Iterator[tuple[list[tuple[slice, ...]], Tensor]]:
+    def batches(apart: Sequence[int], size: int) -> Iterator[tuple[list[tuple[slice, ...]], Tensor]]:
         windows = list(_windows(image.shape, patch, apart))
-        for first in range(0, len(windows), tiles):
-            some = windows[first : first + tiles]
+        for first in range(0, len(windows), size):
+            some = windows[first : first + size]
             batch = torch.stack([image[window] for window in some])[:, None]
             yield some, batch.contiguous(memory_format=torch.channels_last_3d)
 
     if statistics == "case":
-        refresh_batch_norm(network, (batch for _, batch in batches([side // 2 for side in patch])), amp)
+        # one at a time: the statistics, and so the labels, would otherwise depend on how many windows fit into memory
+        refresh_batch_norm(network, (batch for _, batch in batches([side // 2 for side in patch], 1)), amp)
     total = None
-    for some, batch in batches(stride):
+    for some, batch in batches(stride, tiles):
         probability = _softmax(network, batch, amp, mirror)
         if total is None:
             total = torch.zeros(probability.shape[1], *image.shape, device=device)
@@ -115,18 +117,21 @@ def refresh_batch_norm(network: nn.Module, batches: Iterable[Tensor], amp: torch
 
     Running statistics are averages over past weights and over passes with dropout, which inflates the variance that
     the next normalisation sees; inference has neither (Li et al., "Understanding the disharmony between dropout and
-    batch normalization by variance shift", CVPR 2019). Leaves the network in evaluation mode.
+    batch normalization by variance shift", CVPR 2019). Batches count alike, whatever their length. Leaves the network
+    in evaluation mode, also where a pass fails.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm3d)]
     momenta = [norm.momentum for norm in norms]
     network.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.train()
-    for batch in batches:
-        with torch.autocast(batch.device.type, amp, enabled=amp is not None):
-            network(_accompanied(batch))
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    network.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        for batch in batches:
+            with torch.autocast(batch.device.type, amp, enabled=amp is not None):
+                network(_accompanied(batch))
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        network.eval()

@@ -148,6 +148,18 @@ def test_refreshed_statistics_are_those_of_the_batches():
     assert network[0].momentum == 0.3 and not network.training and not network[0].training
 
 
+def test_a_refresh_that_fails_leaves_the_network_ready_for_the_next():
+    network = nn.Sequential(nn.BatchNorm3d(2, momentum=0.3)).train()
+
+    def batches():
+        yield torch.randn(3, 2, 4, 4, 4)
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        refresh_batch_norm(network, batches(), None)
+    assert network[0].momentum == 0.3 and not network.training and not network[0].training
+
+
 def test_statistics_of_the_case_take_its_contrast_out():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4), nn.ReLU(), nn.Conv3d(4, 2, 1)).eval()
@@ -164,11 +176,23 @@ def test_statistics_of_the_case_take_its_contrast_out():
     assert (probability(image, "running") - case).abs().max() > 0.01
 
 
+def test_the_number_of_windows_at_once_changes_nothing():
+    """Of the nine windows that the statistics are of, the last is alone where two or four go at once."""
+    torch.manual_seed(0)
+    network, contrast = VNet(2, 2), torch.linspace(0.2, 5, 32)[:, None, None]
+    image, window = contrast * torch.randn(32, 32, 16), (16, 16, 16)
+    one, *others = (
+        sliding_window(network, image, window, window, tiles=tiles, statistics="case") for tiles in (1, 2, 4)
+    )
+    for other in others:
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_of_the_case_are_those_of_windows_half_a_patch_apart():
     torch.manual_seed(0)
     network = nn.Sequential(nn.BatchNorm3d(1), nn.Conv3d(1, 2, 1)).eval()
     image = torch.arange(32.0).square()[:, None, None] + torch.randn(32, 16, 8)
     sliding_window(network, image, (16, 16, 8), (16, 16, 8), statistics="case")
-    windows = torch.cat([image[start : start + 16] for start in (0, 8, 16)])
+    windows = torch.stack([image[start : start + 16] for start in (0, 8, 16)])
     torch.testing.assert_close(network[0].running_mean, windows.mean()[None])
-    torch.testing.assert_close(network[0].running_var, windows.var()[None])
+    torch.testing.assert_close(network[0].running_var, windows.flatten(1).var(1).mean()[None])  # each on its own
