@@ -286,5 +286,6 @@ def test_folding_batch_norm_leaves_the_student_as_it_was():
     before = {name: value.clone() for name, value in student.state_dict().items()}
     folded = export.plain(student)
     assert not any(isinstance(module, nn.BatchNorm3d | nn.Dropout3d) for module in folded.modules())
+    assert not list(folded.buffers())
     assert student.training and student.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())

@@ -5,8 +5,6 @@ Source: Balakrishnan et al., "VoxelMorph", IEEE TMI 2019 (METHOD, Networks); the
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,12 +14,12 @@ def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Se
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, 1), nn.LeakyReLU(0.2, inplace=True))
 
 
-def _up(block: nn.Sequential, x: Tensor, skip: Tensor) -> Tensor:
+def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor:
     """``block`` of ``x`` upsampled to the sides of ``skip`` (nearest) and ``skip`` beside it.
 
     Doubling, then a 3x3 kernel, is one transposed convolution of stride 2: its 4x4 kernel holds the sums of the taps
-    that read the same coarse pixel, 4 to an output in place of 9. So neither the upsampled map nor the concatenation is
-    ever made.
+    that read the same coarse pixel, 4 to an output in place of 9; ``summed`` says which, see :func:`_summed_taps`. So
+    neither the upsampled map nor the concatenation is ever made.
     """
     convolution, activation = block
     if skip.shape[2:] != torch.Size(2 * side for side in x.shape[2:]):  # the sides are no multiples of 16
@@ -29,16 +27,15 @@ def _up(block: nn.Sequential, x: Tensor, skip: Tensor) -> Tensor:
     # split, of all that cuts, is put together again in one piece by its gradient
     coarse, fine = convolution.weight.split([x.shape[1], skip.shape[1]], 1)
     with torch.autocast(x.device.type, enabled=False):  # sums in the weights' precision, as its caller holds them
-        kernel = (coarse.flatten(2) @ _summed_taps(x.device, coarse.dtype)).unflatten(2, (4, 4)).transpose(0, 1)
+        kernel = (coarse.flatten(2) @ summed).unflatten(2, (4, 4)).transpose(0, 1)
     upsampled = F.conv_transpose2d(x, kernel, stride=2, padding=1)
     return activation(upsampled + F.conv2d(skip, fine, convolution.bias, padding=1))
 
 
-@functools.cache
-def _summed_taps(device: torch.device, dtype: torch.dtype) -> Tensor:
+def _summed_taps() -> Tensor:
     """(9, 16) ones and zeros: which taps of a 3x3 kernel each tap of a transposed convolution's 4x4 kernel sums."""
-    tap, place = (torch.arange(n, device=device) for n in (3, 4))
-    along = ((2 - tap[:, None] == place) | (2 - tap[:, None] == place - 1)).to(dtype)
+    tap, place = torch.arange(3), torch.arange(4)
+    along = (2 - tap[:, None] == place) | (2 - tap[:, None] == place - 1)
     return torch.kron(along, along)
 
 
@@ -59,6 +56,8 @@ class RegistrationNet(nn.Module):
         self.flow = nn.Conv2d(16, 2, 3, padding=1)
         nn.init.normal_(self.flow.weight, 0, 1e-5)
         nn.init.zeros_(self.flow.bias)
+        # each network's own: made under an export or in inference mode, shared ones would be of no use to others
+        self.register_buffer("summed_taps", _summed_taps().to(self.flow.weight), persistent=False)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """Displacement (B, 2, h, w) that warps ``moving`` onto ``fixed``, both (B, 1, h, w)."""
@@ -67,6 +66,6 @@ class RegistrationNet(nn.Module):
             levels.append(block(levels[-1]))
         x = self.dec[0](levels.pop())
         for block in self.dec[1:4]:
-            x = _up(block, x, levels.pop())
-        x = _up(self.dec[5], self.dec[4](x), levels.pop())
+            x = _up(block, x, levels.pop(), self.summed_taps)
+        x = _up(self.dec[5], self.dec[4](x), levels.pop(), self.summed_taps)
         return self.flow(self.vm2_conv(x))

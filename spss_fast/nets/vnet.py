@@ -7,9 +7,9 @@ checkpoints use (METHOD, Networks).
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,19 +71,24 @@ class _NarrowConvolution(nn.Conv3d):
     the result is cut by as much: batch norm reads the slice where it is, and neither is copied.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.neighbours = 16 if self.in_channels == 1 else 4  # in a group, on a GPU
+        # each layer's own: made under an export or in inference mode, shared ones would be of no use to others
+        self.register_buffer("placed_taps", _placed_taps(self.neighbours).to(self.weight), persistent=False)
+
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not torch.compiler.is_exporting():
-            count = 16 if x.shape[1] == 1 else 4
-            if x.device.type == "cuda" and x.shape[-1] % count == 0:
-                return self._in_groups(x, weight, bias, count)
+            if x.device.type == "cuda" and x.shape[-1] % self.neighbours == 0:
+                return self._in_groups(x, weight, bias)
             if x.device.type == "cpu" and x.shape[-1] % 2 == 0 and self.in_channels < 16:
                 return self._in_pairs(x, weight, bias)
         return super()._conv_forward(x, weight, bias)
 
-    @staticmethod
-    def _in_groups(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    def _in_groups(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        count = self.neighbours
         # (O, I, 3, 3, 3) to an output and an input of a group as channels: (count O, count I, 3, 3, 3)
-        taps = (weight @ _placed_taps(count, weight.device, weight.dtype)).unflatten(-1, (count, 3, count))
+        taps = (weight @ self.placed_taps).unflatten(-1, (count, 3, count))
         taps = taps.permute(4, 0, 6, 1, 2, 3, 5).flatten(2, 3).flatten(0, 1)
         groups = x.unflatten(-1, (-1, count)).movedim(-1, 1).flatten(1, 2)
         y = F.conv3d(groups, taps, None if bias is None else bias.repeat(count), padding=1)
@@ -102,13 +107,12 @@ class _NarrowConvolution(nn.Conv3d):
         return (y if pad else y[..., 1:-1, :]).movedim(-1, 1)
 
 
-@functools.cache
-def _placed_taps(count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _placed_taps(count: int) -> Tensor:
     """(3, count * 3 * count) ones and zeros: which of the voxels of a group, and of those on either side, each tap of
     each output of the group reads."""
-    tap, output, place = (torch.arange(n, device=device) for n in (3, count, 3 * count))
+    tap, output, place = (torch.arange(n) for n in (3, count, 3 * count))
     placed = place == count - 1 + output[:, None] + tap[:, None, None]
-    return placed.flatten(1).to(dtype)
+    return placed.flatten(1)
 
 
 class _Convolutions(nn.Module):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from spss_fast.nets import regnet, vnet
@@ -101,15 +102,17 @@ def test_a_narrow_convolution_is_a_convolution(channels, depth, device):
     same_with_gradients(ours(x), F.conv3d(x, ours.weight, ours.bias, padding=1), [x, *ours.parameters()])
 
 
-@pytest.mark.parametrize("channels, count", [(1, 16), (3, 4), (16, 4)])
-def test_a_convolution_over_groups_is_a_convolution_and_copies_nothing(channels, count):
+@pytest.mark.parametrize("channels", [1, 3, 16])
+def test_a_convolution_over_groups_is_a_convolution_and_copies_nothing(channels):
     torch.manual_seed(0)
     x = torch.randn(2, channels, 6, 5, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last_3d)
-    convolution = torch.nn.Conv3d(channels, 4, 3, padding=1, dtype=torch.float64)
+    convolution = vnet._NarrowConvolution(channels, 4, 3, padding=1, dtype=torch.float64)
     leaves = [x.requires_grad_(), *convolution.parameters()]
-    ours = vnet._NarrowConvolution._in_groups(x, convolution.weight, convolution.bias, count)
+    with torch.inference_mode():  # what it leaves behind must not be in the way of gradients
+        convolution._in_groups(x, *leaves[1:])
+    ours = convolution._in_groups(x, *leaves[1:])
     assert ours.is_contiguous(memory_format=torch.channels_last_3d)
-    same_with_gradients(ours, convolution(x), leaves)
+    same_with_gradients(ours, F.conv3d(x, *leaves[1:], padding=1), leaves)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -191,7 +194,27 @@ def test_registration_net_upsamples_and_concatenates(sides):
     x, skip = torch.randn(2, 3, 4, 6, dtype=torch.float64), torch.randn(2, 2, *sides, dtype=torch.float64)
     x.requires_grad_(), skip.requires_grad_()
     expected = block(torch.cat([F.interpolate(x, size=sides), skip], 1))
-    same_with_gradients(regnet._up(block, x, skip), expected, [x, skip, *block.parameters()])
+    actual = regnet._up(block, x, skip, regnet._summed_taps().double())
+    same_with_gradients(actual, expected, [x, skip, *block.parameters()])
+
+
+@pytest.mark.parametrize("mode", [lambda: FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode])
+def test_a_registration_net_trains_after_a_pass_as_exports_and_inference_make_it(mode):
+    network, pair = RegistrationNet().half(), torch.randn(2, 1, 1, 32, 32).half()  # no other test's type
+    with mode():
+        network(*pair)
+    network(*pair).sum().backward()
+    assert all(type(p.grad) is torch.Tensor for p in network.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_registration_net_may_be_copied_and_converted(dtype):
+    torch.manual_seed(0)
+    network, pair = RegistrationNet(), torch.randn(2, 1, 1, 32, 32)
+    network.flow.weight.data *= 1e5
+    converted = copy.deepcopy(network).to(dtype)(*pair.to(dtype))
+    assert converted.dtype == dtype
+    torch.testing.assert_close(converted.float(), network(*pair), rtol=0.05, atol=0.05)
 
 
 def test_teacher_computes_what_the_student_does_and_moves_no_running_statistics():
