@@ -60,6 +60,7 @@ def accumulate_softmax(total: Tensor, logits: Tensor) -> None:
         reference_accumulate_softmax(total, logits)
     else:
         torch.ops.spss_fast.accumulate_softmax(total, logits)
+        torch.autograd.graph.increment_version(total)  # else a gradient that needs its old values would take the new
 
 
 def uncertainty_mask(total: Tensor, passes: int, keep: int | Tensor) -> tuple[Tensor, Tensor]:

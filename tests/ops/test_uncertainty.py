@@ -155,6 +155,19 @@ def test_no_gradient_flows():
     assert not total.requires_grad and not uncertainty_mask(total, 1, 1)[0].requires_grad
 
 
+def test_a_gradient_that_needs_the_total_as_it_was_is_refused():
+    weight = torch.ones(1, 2, 4, device=DEVICE, requires_grad=True)
+    total, logits = torch.zeros(1, 2, 4, device=DEVICE), torch.randn(1, 2, 4, device=DEVICE)
+    product = weight * total
+    accumulate_softmax(total, logits)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with torch.inference_mode():  # where tensors have no versions
+        inference = torch.zeros_like(logits)
+        accumulate_softmax(inference, logits)
+    torch.testing.assert_close(inference, total)
+
+
 def test_autocast_leaves_float32():
     logits = torch.randn(1, 2, 8, 8, 8, device=DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):
