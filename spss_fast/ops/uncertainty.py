@@ -89,7 +89,7 @@ def uncertainty_mask(total: Tensor, passes: int, keep: int | Tensor) -> tuple[Te
         checks.is_tensor("keep", keep, torch.int64)
         if keep.ndim:
             raise ValueError(f"keep must be an int or a tensor of no dimensions, not of shape {tuple(keep.shape)}")
-        keep = keep.to(total.device, non_blocking=True)
+        keep = keep.to(total.device, non_blocking=total.is_cuda)  # onto a host it would be read before it is there
     else:
         checks.is_count("keep", keep, 0)
         keep = torch.full((), keep, dtype=torch.int64, device=total.device)
