@@ -26,6 +26,16 @@ def dense(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def _with_offset(
+    mean: Tensor, bias: Tensor, offset: Tensor, weight: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``mean`` and ``bias`` by which running statistics normalise x as they do x + offset: x + offset about the mean is
+    x about the mean without it. The gradient of offset takes the way of the bias, to which it adds nothing."""
+    if offset.requires_grad and torch.is_grad_enabled():
+        bias = bias + weight * (offset - offset.detach()) * (variance + eps).rsqrt()
+    return mean - offset.detach(), bias
+
+
 def reference(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
     momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
@@ -35,9 +45,11 @@ def reference(
     x = dense(x) if x.ndim in (4, 5) else x.contiguous()
     # torch 2.13's CPU backward misreads a strided weight of a tensor with one voxel a volume
     weight, bias = weight.contiguous(), bias.contiguous()
-    # x + offset about the mean is x about the mean without it
-    shifted = offset is not None and running_mean is not None
-    mean = running_mean - offset.detach() if shifted else running_mean
+    shifted, mean = offset is not None and running_mean is not None, running_mean
+    if shifted and training:
+        mean = running_mean - offset.detach()
+    elif shifted:
+        mean, bias = _with_offset(running_mean, bias, offset, weight, running_var, eps)
     # torch's CUDA backward rounds sums over contiguous half-precision tensors to that precision
     wide = x.float() if x.is_cuda and x.dtype in HALF and x.is_contiguous() else x
     y = F.relu(F.batch_norm(wide, mean, running_var, weight, bias, training, momentum, eps)).to(x.dtype)
@@ -51,7 +63,7 @@ def batch_norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool,
     momentum: float = 0.1, eps: float = 1e-5, skip: Tensor | None = None, offset: Tensor | None = None,
 ) -> Tensor:
-    """``relu(batch_norm(x + offset)) + skip``, differentiable in x, weight, bias and skip.
+    """``relu(batch_norm(x + offset)) + skip``, differentiable in x, weight, bias, skip and, in inference, offset.
 
     Args:
         x: (B, C, *spatial), floating; read in place if contiguous or channels last, by the C++ operator also if it is a
@@ -63,9 +75,8 @@ def batch_norm_relu(
         momentum: the share of the batch's statistics in the new running ones.
         eps: added to the variance.
         skip: of x's shape and dtype, added to the result; None for nothing.
-        offset: (C,), of the compute type, such as a convolution's bias; None for nothing. In training the batch's mean
-            takes it off again: it costs no pass over x, moves the running mean, and has no gradient (in inference
-            neither).
+        offset: (C,), of the compute type, such as a convolution's bias; None for nothing. It costs no pass over x. In
+            training the batch's mean takes it off again: it moves the running mean, and has no gradient.
 
     Returns:
         Of x's shape, dtype and memory format, which is channels last if x has its channels side by side without being
@@ -98,7 +109,8 @@ def batch_norm_relu(
         return reference(x, weight, bias, running_mean, running_var, training, momentum, eps, skip, offset)
     statistics = (None, None) if training else (running_mean, running_var)
     if offset is not None and not training:
-        statistics = running_mean - offset.detach(), running_var
+        shifted, bias = _with_offset(running_mean, bias, offset, weight, running_var, eps)
+        statistics = shifted, running_var
     y, mean, variance = torch.ops.spss_fast.batch_norm_relu(x, weight, bias, skip, *statistics, eps)
     if training and tracked and count:
         with torch.no_grad():

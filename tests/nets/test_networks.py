@@ -217,6 +217,13 @@ def test_a_registration_net_may_be_copied_and_converted(dtype):
     torch.testing.assert_close(converted.float(), network(*pair), rtol=0.05, atol=0.05)
 
 
+def test_every_parameter_learns_in_evaluation_mode():
+    torch.manual_seed(0)
+    network = VNet(filters=2).eval()
+    network(torch.randn(1, 1, 32, 32, 16)).square().sum().backward()
+    assert not [name for name, p in network.named_parameters() if not name.startswith("projector.") and p.grad is None]
+
+
 def test_teacher_computes_what_the_student_does_and_moves_no_running_statistics():
     torch.manual_seed(0)
     student, x = VNet(filters=2), torch.randn(2, 1, 32, 32, 16)

@@ -48,6 +48,25 @@ def test_an_offset_is_a_convolutions_bias():
         torch.testing.assert_close(variance, norm.running_var)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_offset_has_its_gradient_in_inference(name):
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 4, 5, 6, dtype=torch.float64, device=DEVICE)
+    norm = nn.BatchNorm3d(6, dtype=torch.float64, device=DEVICE).eval()
+    norm.load_state_dict({key: 0.5 + torch.rand_like(value) for key, value in norm.state_dict().items()
+                          if value.is_floating_point()}, strict=False)
+    offset = torch.randn(6, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    leaves = [offset, norm.weight, norm.bias]
+    expected = F.relu(norm(x + offset[:, None, None, None]))
+    with backend(name):
+        actual = batch_norm_relu(
+            x, norm.weight, norm.bias, norm.running_mean, norm.running_var, False, offset=offset
+        )
+        results = [torch.autograd.grad(y.square().sum(), leaves) for y in (actual, expected)]
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", ["reference", None])
 def test_running_statistics_that_nobody_reads_may_be_left_out_in_training(name):
     torch.manual_seed(0)
