@@ -40,7 +40,8 @@ def keep_count(voxels: int, last_loss: Tensor, lam: float, rate: float) -> Tenso
 
 
 def fusion_weight(progress: float, final: float, power: float) -> float:
-    """w_p = 0.9 (t/t_max)^0.2, the teacher's share of the fused labels; ``progress`` is t/t_max, and beyond 1 as 1."""
+    """w_p = 0.9 progress^0.2, the teacher's share of the fused labels; ``progress`` is t / ``fusion_iterations``, and
+    beyond 1 as 1."""
     return final * min(progress, 1.0) ** power
 
 

@@ -82,7 +82,8 @@ class State:
             self.stream = torch.cuda.Stream(self.device, priority=-1)  # before the V-Nets: others wait for the labels
             bound[1:] = (Replayed(bound[1], "teacher"), Replayed(bound[2], "teacher"),
                          Replayed(bound[3], "student", self.student.parameters()))
-            # apex's Adam counts its steps on the host; gradient scaling within a graph has not been tried
+            # Adam's steps are part of the graph: apex's counts them on the host, and a gradient scaler's `step` and
+            # `update` have not been tried in one (the student's only scales the loss there, and steps outside)
             if not scaled and training.optimizer == "torch":
                 bound[0] = Replayed(bound[0], "registration", priority=-1)
         self.registration_steps, self.teacher_passes, self.monte_carlo, self.student_passes = bound

@@ -72,7 +72,8 @@ def warp(image: Tensor, displacement: Tensor, mode: str = "bilinear", padding: s
     """``warped(p) = image(p + u(p))``: 2-D and 3-D, differentiable in both arguments.
 
     Args:
-        image: (B, C, H, W) or (B, C, H, W, D), floating, any strides.
+        image: (B, C, H, W) or (B, C, H, W, D), floating, any strides; finite, as a voxel with NaN or infinity makes NaN
+            of its neighbours even where its weight is 0.
         displacement: u, (B, 2, H, W) or (B, 3, H, W, D), in voxels, its channels in the order of the spatial axes;
             any strides. Positions and sums are float32 (float64 for a float64 image), so under autocast a bf16 or fp16
             image goes with a float32 displacement; a displacement of another dtype is converted.
