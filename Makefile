@@ -18,17 +18,20 @@ $(VENV)/torch: $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check setuptools wheel ninja "$(TORCH)"
 	touch $@
 
-$(VENV)/package: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+# pip compiles the extension anew whenever it installs the package, so each of the three begins where torch is there
+SOURCES := pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+
+$(VENV)/package: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/package-test: $(VENV)/package
+$(VENV)/package-test: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,export]"
-	touch $@
+	touch $(VENV)/package $@
 
-$(VENV)/package-bench: $(VENV)/package-test
+$(VENV)/package-bench: $(VENV)/torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test,bench]"
-	touch $@
+	touch $(VENV)/package $@
 
 demo: $(VENV)/package
 	rm -rf $(OUT)
