@@ -87,8 +87,9 @@ def prepare_folder(
         config = resolve("folder", flags, settings)
         needed = config.training.batch_labeled
         if settings is None and "n_labeled" not in flags and 0 < len(annotated) < needed:
+            mend = f"; {len(unusable)} cannot be used: {'; '.join(unusable)}" if unusable else ""
             raise UserError(f"{flags['annotations']} annotates {len(annotated)} scan, and training needs {needed}: "
-                            f"annotate {needed - len(annotated)} more")
+                            f"annotate {needed - len(annotated)} more{mend}")
     if settings is None:
         if out.exists():  # once what is given is known to be right
             raise UserError(f"{out} exists already: prepare by it with --settings {out}; for new proposals (after "
@@ -202,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; exit status 1 where a file could not be used."""
     given = parse(arguments)
     console = Console()
-    result = prepare_folder(given.pop("data_dir"), given.pop("out"), given.pop("settings"), given, console)
+    folder = given.pop("data_dir")
+    result = prepare_folder(folder, given.pop("out"), given.pop("settings"), given, console)
     where = cache.cache_root(result.config.data)
     say(console, f"{len(result.cases)} volumes prepared in {where}")
     for line in result.unusable:
@@ -211,6 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
         say(console, f"{len(result.unusable)} files cannot be used: mend them, take them away or leave them out of "
                      "both train.list and test.list, or training will stop at them")
         return 1
+    labelled, needed = sum(case.has_label for case in result.cases), result.config.training.batch_labeled
+    if not result.config.data.annotations and labelled < needed:
+        suggest = cli.command_line(
+            "suggest", "--data-dir", folder, "--out", "TO_ANNOTATE", "--budget", result.config.data.n_labeled
+        )
+        say(console, f"{labelled} scans have a label, and training needs {needed} annotated slices at least: choose "
+                     f"them with {suggest}, remove {result.settings} and prepare anew with --annotations TO_ANNOTATE")
+        return 0
     train = cli.command_line(
         "train", "--dataset", "folder", "--settings", result.settings, "--out", Path("runs", result.settings.stem)
     )

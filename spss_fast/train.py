@@ -72,9 +72,11 @@ def train(config: Config, out: Path, resume: bool = False, console: Console | No
     if resume:
         folder.refuse_other_cases(dataset.describe())
         checkpoint.restore(state, checkpoint.read(folder.checkpoint, device))
+        folder.hold()
         folder.rewind(state.epoch, state.iteration)
     else:
         folder.create(config, device, dataset.describe())
+        folder.hold()
         checkpoint.save(state, folder.checkpoint)  # so that there is one to go on from, wherever the run stops
     precision = "float32" if amp is None else str(amp).removeprefix("torch.")
     say(console, f"{dataset.summary()}; {device}, {precision}, {loader} loader; run folder {out}")

@@ -120,6 +120,31 @@ def test_annotations_of_nearly_all_scans_need_training_without_unlabelled_ones(t
     assert "annotations names 2 of the 3 scans" in text and "--batch-unlabeled 0" in text
 
 
+def test_annotations_that_cannot_be_used_are_named_where_too_few_are_left(tmp_path):
+    for i, name in enumerate("abcd"):
+        image, label = ball((32, 32, 32), i)
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+        if name != "d":
+            annotate(tmp_path / "todo", name, 2, 16, label)
+    both = np.zeros_like(label)
+    both[:, :, 14:16] = label[:, :, 14:16]
+    write_image(tmp_path / "todo" / "b" / "annotation.nii.gz", both)
+    write_image(tmp_path / "todo" / "c" / "annotation.nii.gz", label[1:])
+    said = r"annotates 1 scan.*annotate 1 more; 2 cannot be used: .*b/annotation.* 2 annotated slices.*c/annotation"
+    with pytest.raises(UserError, match=said):
+        run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "todo"))
+
+
+def test_without_labels_annotating_is_what_comes_next(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("abcd"):
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", ball((32, 32, 24), i)[0])
+    assert prepare.main(["--data-dir", "scans", "--cache-dir", "cache", "--workers", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "0 scans have a label" in shown and "train with" not in shown
+    assert "suggest --data-dir scans --out TO_ANNOTATE --budget 2, remove scans.toml and prepare anew" in shown
+
+
 def test_annotations_that_are_all_empty_are_refused(tmp_path):
     image, label = ball((32, 32, 32))
     write_image(tmp_path / "scans" / "a.nii.gz", image)

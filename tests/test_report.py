@@ -436,9 +436,10 @@ def test_what_is_shown_holds_the_contours_at_the_shape_they_have_in_the_body():
     assert 0 <= left <= 30 and 38 <= right <= 40 and 0 <= top <= 2 and 6 <= bottom <= 20
 
 
-def test_uncertainty_is_opaque_from_the_entropy_of_two_equal_classes_on():
-    colors = panels._entropy_colors(np.log([[1, 2**0.5, 2, 3]]))
-    np.testing.assert_allclose(colors[0, :, 3], [0, 0.425, 0.85, 0.85])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_uncertainty_is_opaque_where_all_classes_are_equal(classes):
+    colors = panels._entropy_colors(np.log([[1, classes**0.5, classes]]), classes)
+    np.testing.assert_allclose(colors[0, :, 3], [0, 0.425, 0.85])
 
 
 def test_contours_lie_on_the_borders_of_voxels():

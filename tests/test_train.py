@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -297,6 +298,25 @@ def test_resume_refuses_other_data(settings, phantoms, tmp_path):
     shutil.copytree(data / "case_00001", data / "case_00009")
     with pytest.raises(UserError, match=r"cases are not those that the run in .* began with: case_0000.*another --out"):
         train.main(["--out", str(tmp_path / "run"), "--resume"])
+
+
+def test_two_processes_do_not_train_in_one_folder(settings, tmp_path):
+    _train(settings | {"iterations": 1}, tmp_path / "run")
+    code = """
+import pathlib, sys
+from spss_fast.engine.run_folder import RunFolder
+folder = RunFolder(pathlib.Path(sys.argv[1]))
+folder.hold()
+print("held", flush=True)
+input()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=r"another process trains in .*run: wait for it, stop it"):
+            train.main(["--out", str(tmp_path / "run"), "--resume"])
+        other.kill()
+    train.main(["--out", str(tmp_path / "run"), "--resume"])
 
 
 def test_full_labels_of_some_annotated_volumes_leave_the_metrics_in_columns(settings, tmp_path, monkeypatch):

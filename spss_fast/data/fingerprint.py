@@ -251,7 +251,7 @@ def _foreground(scans: list[Measured], data_dir: Path) -> tuple[Any, str]:
         if str(number).isdigit():
             names[int(number)] = str(text)
     if not counts:
-        return (), "no labels here; every value above 0 of those to come"
+        return (), "no labels beside the scans; of annotations every value above 0"
     found = ", ".join(f"{value}{f' ({names[value]})' if value in names else ''} in {count} of {len(scans)}"
                       for value, count in sorted(counts.items()))
     ignored = {value for value, name in names.items() if name.lower() == "ignore"}

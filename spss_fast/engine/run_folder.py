@@ -10,7 +10,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +20,11 @@ from spss_fast.config import to_toml
 from spss_fast.errors import UserError, some
 from spss_fast.files import atomically, write_json
 from spss_fast.settings import Config
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 STAGES = ("registration", "joint")
 
@@ -60,6 +65,7 @@ class RunFolder:
         self.checkpoint = path / "checkpoints" / "last.pt"
         self.previews = path / "previews"
         self._writer: SummaryWriter | None = None
+        self._held: TextIO | None = None
         self._shown: int | None = None  # the step up to which TensorBoard keeps what an interrupted run logged
 
     def create(self, config: Config, device: torch.device, cases: dict[str, Any]) -> None:
@@ -72,6 +78,23 @@ class RunFolder:
         write_json(self.path / "environment.json", environment(device))
         write_json(self.path / "cases.json", cases)
         atomically(self.path / "config.toml", lambda temporary: temporary.write_text(to_toml(config)))
+
+    def hold(self) -> None:
+        """Keep other processes from training here until :meth:`close`, or until this one ends, however it does.
+
+        Raises ``UserError`` where one trains here already: the two would write over each other. Without effect where
+        the system or the file system has no locks.
+        """
+        if fcntl is None:
+            return
+        self._held = (self.path / "config.toml").open("r+")  # NFS locks only what may be written
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process trains in {self.path}: wait for it, stop it, or choose another "
+                            "--out") from error
+        except OSError:
+            pass
 
     def refuse_if_used(self) -> None:
         """Raise ``UserError`` if this folder already holds a run, or is not a folder."""
@@ -155,9 +178,11 @@ class RunFolder:
         atomically(path, write)
 
     def close(self) -> None:
-        """Flush TensorBoard's events."""
+        """Flush TensorBoard's events, and let others train here."""
         if self._writer is not None:
             self._writer.close()
+        if self._held is not None:
+            self._held.close()
 
 
 def _read(path: Path) -> tuple[list[str], list[list[str]]]:

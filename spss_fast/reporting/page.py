@@ -44,6 +44,7 @@ def render(record: Record, gallery: Gallery) -> str:
         notes=gallery.notes, iteration=record.iteration, passes=record.config.selection.passes,
         lines=[{"name": name, "label": label, "color": color if len(values) == 2 else "#ffffff", "dash": dash}
                for name, (label, color, dash) in panels.LINES.items()],
+        channels=len(values),
         classes=[(class_color(c), value) for c, value in enumerate(values) if c] if len(values) > 2 else [],
         ramp=[matplotlib.colors.to_hex(matplotlib.colormaps["inferno"](share)) for share in np.linspace(0.25, 1, 6)],
         missed=panels.MISSED, added=panels.ADDED, wrong_class=panels.WRONG_CLASS,

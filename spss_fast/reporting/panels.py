@@ -82,7 +82,7 @@ def _row(example: Example, gray: np.ndarray, z: int, why: str, values: Sequence[
             overlay = _image(_error_colors(labels["prediction"], labels["reference"]), gray.shape, "errors")
             panels.append(Panel("errors", frame.svg(overlay, "errors")))
     if example.entropy is not None:
-        overlay = _image(_entropy_colors(example.entropy[:, :, z]), gray.shape, "uncertainty")
+        overlay = _image(_entropy_colors(example.entropy[:, :, z], len(values)), gray.shape, "uncertainty")
         panels.append(Panel("uncertainty", frame.svg(overlay + contours("prediction"), "uncertainty")))
     # the first picture brings the image, the others refer to it
     panels[0].svg = panels[0].svg.replace(frame.reference(), frame.definition(), 1)
@@ -182,9 +182,9 @@ def _error_colors(prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return colors
 
 
-def _entropy_colors(entropy: np.ndarray) -> np.ndarray:
-    """(H, W, 4): entropy from 0 (the image itself) to ln 2 and beyond (opaque)."""
-    share = np.clip(entropy / np.log(2), 0, 1)
+def _entropy_colors(entropy: np.ndarray, classes: int) -> np.ndarray:
+    """(H, W, 4): entropy from 0 (the image itself) to ln C, complete doubt (opaque)."""
+    share = np.clip(entropy / np.log(classes), 0, 1)
     colors = matplotlib.colormaps["inferno"](0.25 + 0.75 * share)
     colors[..., 3] = 0.85 * share
     return colors
