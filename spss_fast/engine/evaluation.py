@@ -128,9 +128,9 @@ def print_metrics(console: Console, title: str, rows: Rows, unit: str, cases: bo
     """A table per case, and mean ± sd over the cases that have one: of each class that is kept apart, then of their
     average."""
     table = Table(title=Text(title, "table.title"), title_justify="left")  # brackets in names are no markup
-    table.add_column("case")
+    table.add_column("case", overflow="fold")  # in a narrow window names are broken, not cut
     for heading in ("Dice", "Jaccard", f"HD95 ({unit})", f"ASD ({unit})"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     if cases:
         for case, row in rows.items():
             table.add_row(Text(case), *(f"{row[name]:.{digits}f}" for name, digits in DIGITS.items()))

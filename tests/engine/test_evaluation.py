@@ -67,6 +67,15 @@ def test_a_table_shows_each_metric_under_its_heading():
         "case": "a", "Dice": "0.5000", "Jaccard": "0.2500", "HD95 (mm)": "4.00", "ASD (mm)": "1.50"}
 
 
+def test_a_narrow_table_cuts_no_name_and_no_number():
+    console = Console(file=io.StringIO(), width=72)
+    rows = {name: {"dice": 0.5, "jaccard": 0.25, "hd95": 14.0, "asd": 11.5} for name in ("3C2QTUNI0852Q2H", "b")}
+    evaluation.print_metrics(console, "title", rows, "voxel")
+    lines = [re.findall(r"[^│┃]+", line) for line in console.file.getvalue().splitlines()]
+    assert "".join(line[0].strip() for line in lines if len(line) == 5).count("3C2QTUNI0852Q2H") == 1
+    assert all(f"{value} ± 0.00" in console.file.getvalue() for value in ("0.5000", "14.00", "11.50"))
+
+
 def test_names_with_brackets_are_shown_as_they_are():
     """rich takes [v2] for markup, and :dog: for an emoji."""
     console = Console(file=io.StringIO(), width=100)
