@@ -28,6 +28,16 @@ def run(tmp_path, data, **flags):
     return prepare.prepare_folder(data, tmp_path / "mine.toml", flags=flags, console=Console(quiet=True))
 
 
+def write_annotated(tmp_path, names, annotated):
+    """Scans of those names, of which some have slice 16 annotated; the last one's label."""
+    for i, name in enumerate(names):
+        image, label = ball((32, 32, 32), i)
+        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
+        if name in annotated:
+            annotate(tmp_path / "todo", name, 2, 16, label)
+    return label
+
+
 def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsys, monkeypatch):
     """Coronal slices are annotated, in another folder; no scan has a full label anywhere."""
     monkeypatch.chdir(tmp_path)
@@ -110,22 +120,14 @@ def test_a_label_without_foreground_is_said_and_counts_as_none(tmp_path, capsys,
 
 
 def test_annotations_of_nearly_all_scans_need_training_without_unlabelled_ones(tmp_path):
-    for i, name in enumerate("abc"):
-        image, label = ball((32, 32, 32), i)
-        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
-        if name != "c":
-            annotate(tmp_path / "todo", name, 2, 16, label)
+    write_annotated(tmp_path, "abc", "ab")
     result = run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "todo"))
     text = " ".join(result.settings.read_text().split("\n# "))
     assert "annotations names 2 of the 3 scans" in text and "--batch-unlabeled 0" in text
 
 
 def test_annotations_that_cannot_be_used_are_named_where_too_few_are_left(tmp_path):
-    for i, name in enumerate("abcd"):
-        image, label = ball((32, 32, 32), i)
-        write_image(tmp_path / "scans" / f"{name}.nii.gz", image)
-        if name != "d":
-            annotate(tmp_path / "todo", name, 2, 16, label)
+    label = write_annotated(tmp_path, "abcd", "abc")
     both = np.zeros_like(label)
     both[:, :, 14:16] = label[:, :, 14:16]
     write_image(tmp_path / "todo" / "b" / "annotation.nii.gz", both)

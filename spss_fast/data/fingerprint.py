@@ -22,7 +22,7 @@ from spss_fast.config import PRESETS, toml_literal
 from spss_fast.data.dicom import find_slices
 from spss_fast.data.folders import channel_names, dataset_json
 from spss_fast.data.layouts import Case, read_case
-from spss_fast.data.preparation import body_box, classes_shown, refuse_label_map
+from spss_fast.data.preparation import body_box, classes_shown, refuse_label_map, sampled
 from spss_fast.data.splits import Lists
 from spss_fast.errors import UserError, some
 from spss_fast.settings import DataSettings, TrainingSettings
@@ -33,7 +33,6 @@ LARGE = 4 * PATCH_VOXELS  # voxels beyond which a patch would see too little of 
 UNEVEN = 1.5  # ratio of the coarsest to the finest spacing beyond which voxels stand for too different things
 WINDOW = PRESETS["kits"]["window"]
 GIVEN = {"data_dir": "the scans that were measured", "plane": "the plane of the slices that are annotated"}
-SAMPLES = 1 << 20  # voxels that the percentiles of a scan are taken from
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,7 @@ def measure(case: Case, said: str, settings: DataSettings) -> Measured | str:
         scan = read_case(case, settings.plane)
         image = scan.image
         refuse_label_map(image, case)
-        step = max(1, round((image.size / SAMPLES) ** (1 / 3)))
-        sample = image[::step, ::step, ::step]
+        sample = sampled(image)
         percentiles = tuple(map(float, np.percentile(sample, (0.5, 50, 99.5))))
         lowest, highest = float(image.min()), float(image.max())
         whole = image.dtype.kind in "iu" or bool((sample == np.round(sample)).all())

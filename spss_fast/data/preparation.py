@@ -15,8 +15,14 @@ from spss_fast.settings import DataSettings
 
 BODY_HU = -500.0
 SLAB = 1 << 20  # voxels worked on at once
-SAMPLES = 1 << 20  # voxels that tell a label map from a scan
+SAMPLES = 1 << 20  # voxels, about, that stand for all of a scan's
 FEW = 16  # values, and no more, that a label map is known by
+
+
+def sampled(image: np.ndarray) -> np.ndarray:
+    """About ``SAMPLES`` voxels of an image (H, W, D), spread over it, as a view."""
+    step = max(1, round((image.size / SAMPLES) ** (1 / 3)))
+    return image[::step, ::step, ::step]
 
 
 def refuse_label_map(image: np.ndarray, case: Case) -> None:
@@ -24,8 +30,7 @@ def refuse_label_map(image: np.ndarray, case: Case) -> None:
     ``FEW`` values, all of them whole numbers from 0 to 255, and most voxels 0. HDF5 files tell the two apart."""
     if case.preprocessed:
         return
-    step = max(1, round((image.size / SAMPLES) ** (1 / 3)))
-    sample = image[::step, ::step, ::step]
+    sample = sampled(image)
     shown = sample[sample != 0]
     if 2 * shown.size > sample.size:
         return

@@ -74,14 +74,18 @@ def training_volumes(cases: list[PreparedCase], settings: DataSettings, seed: in
     return volumes
 
 
+def _annotation(case: PreparedCase, named: Annotation | None) -> Annotation | None:
+    """What the user ``named``, else the only slice that the case's label shows; None for a slice of a full label."""
+    return named if named is not None or case.only_slice is None else Annotation(case.only_slice)
+
+
 def annotated_slice(
     case: PreparedCase, index: int, named: Annotation | None, settings: DataSettings
 ) -> torch.Tensor:
     """The label (H, W) uint8 in [0, C) of prepared slice ``index``; of the one that the user ``named``, and of the only
     one that a label shows, from the file itself."""
-    if named is None and case.only_slice is not None:
-        named = Annotation(case.only_slice)
-    mask = case.label()[:, :, index] if named is None else case.annotation_from_source(named, settings)
+    annotation = _annotation(case, named)
+    mask = case.label()[:, :, index] if annotation is None else case.annotation_from_source(annotation, settings)
     return torch.from_numpy(np.array(mask, order="C"))
 
 
@@ -89,9 +93,8 @@ def index_in_file(case: PreparedCase, index: int, named: Annotation | None) -> i
     """Prepared slice ``index``, the annotated one, as the scan's file counts it: from 0 along its slice axis. Where the
     prepared slices are others than the file's, it is the nearest, the only one that a label shows, or the one that the
     user ``named``."""
-    if named is not None:
-        return named.index_in(case.source)
-    return case.slice_to_source(index) if case.only_slice is None else case.only_slice
+    annotation = _annotation(case, named)
+    return case.slice_to_source(index) if annotation is None else annotation.index_in(case.source)
 
 
 def unlabeled_volumes(cases: list[PreparedCase]) -> list[TrainingVolume]:
