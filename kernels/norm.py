@@ -1,9 +1,8 @@
 """Batch norm, ReLU and a skip connection's addition in Triton: two passes over memory forward, and two backward.
 
-The functions have the signatures of ``torch.ops.spss_fast.*``: spss_fast/ops/norm.py. A tile is rows of voxels times
-columns of channels, which suits channels last and contiguous tensors alike. A program adds its tiles up place by place
-in the compute type, about a mean of a few of the channel's own values so that no digits cancel; sums over programs are
-float64, in a fixed order.
+The functions have the signatures of ``torch.ops.spss_fast.*``: spss_fast/ops/norm.py. A program adds its tiles up
+place by place in the compute type, about a mean of a few of the channel's own values so that no digits cancel; sums
+over programs are float64, in a fixed order.
 """
 
 from __future__ import annotations
@@ -11,35 +10,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from spss_fast.kernels.planes import merge
+from spss_fast.kernels.planes import Launch, at, chunk_of, merge, tile_of
 from torch import Tensor
 
 from spss_fast.ops import checks
 from spss_fast.ops.norm import dense
 
-TILE = 2048  # elements
 PROGRAMS = 1024, 640  # that share a sum, forward and backward: what an H100 holds at once
-COLUMNS = 64  # most channels of a tile
-
-
-@triton.jit
-def _chunk_of(voxels, tiles, ROWS: tl.constexpr):
-    """Batch element and chunk of so many tiles of this program. The grid's second axis is blocks of channels."""
-    chunks = (voxels - 1) // ROWS // tiles + 1
-    return (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
-
-
-@triton.jit
-def _tile(chunk, voxels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows of a tile, its channels, and which of both there are."""
-    row = chunk * ROWS + tl.arange(0, ROWS)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    return row, c, (row < voxels)[:, None] & (c < channels)[None, :]
-
-
-@triton.jit
-def _at(batch, row, c, stride_b, stride_c, stride_v):
-    return batch * stride_b + row[:, None] * stride_v + c.to(tl.int64)[None, :] * stride_c
 
 
 @triton.jit
@@ -65,9 +42,9 @@ def _add_up(partial, parts, c, channels, ROWS: tl.constexpr, COLUMNS: tl.constex
     for start in range(0, parts, ROWS):
         part = start + tl.arange(0, ROWS)
         inside = (part < parts)[:, None] & (c < channels)[None, :]
-        at = partial + part.to(tl.int64)[:, None] * 2 * channels + c[None, :]
-        first += tl.load(at, inside, 0.0).to(tl.float64)
-        second += tl.load(at + channels, inside, 0.0).to(tl.float64)
+        place = partial + part.to(tl.int64)[:, None] * 2 * channels + c[None, :]
+        first += tl.load(place, inside, 0.0).to(tl.float64)
+        second += tl.load(place + channels, inside, 0.0).to(tl.float64)
     return tl.sum(first, 0), tl.sum(second, 0)
 
 
@@ -75,7 +52,7 @@ def _add_up(partial, parts, c, channels, ROWS: tl.constexpr, COLUMNS: tl.constex
 def _center(x, c, voxels, x_c, x_v: tl.constexpr, channels: tl.constexpr, WIDE: tl.constexpr):
     """The mean of a few of each channel's values: one alone may be far off all others."""
     row = (2 * tl.arange(0, 16) + 1).to(tl.int64) * voxels // 32
-    few = tl.load(x + _at(0, row, c, 0, x_c, x_v), (c < channels)[None, :], 0.0).to(WIDE)
+    few = tl.load(x + at(0, row, c, 0, x_c, x_v), (c < channels)[None, :], 0.0).to(WIDE)
     return tl.sum(few, 0) / 16
 
 
@@ -85,14 +62,14 @@ def _moments(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """Sums of x and of its square, about ``_center``."""
-    batch, chunk = _chunk_of(voxels, tiles, ROWS)
+    batch, chunk = chunk_of(voxels, tiles, ROWS)
     first = tl.zeros([ROWS, COLUMNS], WIDE)
     second = tl.zeros([ROWS, COLUMNS], WIDE)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     center = _center(x, c, voxels, x_c, x_v, channels, WIDE)
     for tile in range(tiles):
-        row, c, inside = _tile(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
-        value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+        row, c, inside = tile_of(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
+        value = tl.load(x + at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
         d = tl.where(inside, value - center[None, :], 0.0)
         first += d
         second += d * d
@@ -119,14 +96,14 @@ def _apply(
     skip_v: tl.constexpr, y_b, y_c, y_v: tl.constexpr, channels: tl.constexpr, eps: tl.constexpr,
     WITH_SKIP: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    batch, tile = _chunk_of(voxels, 1, ROWS)
-    row, c, inside = _tile(tile, voxels, channels, ROWS, COLUMNS)
-    value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+    batch, tile = chunk_of(voxels, 1, ROWS)
+    row, c, inside = tile_of(tile, voxels, channels, ROWS, COLUMNS)
+    value = tl.load(x + at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
     _, _, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
     z = tl.where(z < 0, 0.0, z)  # NaN stays NaN
     if WITH_SKIP:
-        z += tl.load(skip + _at(batch, row, c, skip_b, skip_c, skip_v), inside, 0.0).to(WIDE)
-    tl.store(y + _at(batch, row, c, y_b, y_c, y_v), z.to(y.dtype.element_ty), inside)
+        z += tl.load(skip + at(batch, row, c, skip_b, skip_c, skip_v), inside, 0.0).to(WIDE)
+    tl.store(y + at(batch, row, c, y_b, y_c, y_v), z.to(y.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -136,15 +113,15 @@ def _add_gradients(
     COLUMNS: tl.constexpr,
 ):
     """Sums of the gradient behind the ReLU, and of its product with x about the mean."""
-    batch, chunk = _chunk_of(voxels, tiles, ROWS)
+    batch, chunk = chunk_of(voxels, tiles, ROWS)
     first = tl.zeros([ROWS, COLUMNS], WIDE)
     second = tl.zeros([ROWS, COLUMNS], WIDE)
     c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     for tile in range(tiles):
-        row, c, inside = _tile(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
-        value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+        row, c, inside = tile_of(chunk * tiles + tile, voxels, channels, ROWS, COLUMNS)
+        value = tl.load(x + at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
         about_mean, _, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
-        g = tl.load(grad + _at(batch, row, c, grad_b, grad_c, grad_v), inside, 0.0).to(WIDE)
+        g = tl.load(grad + at(batch, row, c, grad_b, grad_c, grad_v), inside, 0.0).to(WIDE)
         g = tl.where(inside & (z > 0), g, 0.0)
         first += g
         second += tl.where(inside, g * about_mean, 0.0)
@@ -176,17 +153,17 @@ def _input_gradient(
     BATCH_STATISTICS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     """dx = scale (g - a - b (x - mean))."""
-    batch, tile = _chunk_of(voxels, 1, ROWS)
-    row, c, inside = _tile(tile, voxels, channels, ROWS, COLUMNS)
-    value = tl.load(x + _at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
+    batch, tile = chunk_of(voxels, 1, ROWS)
+    row, c, inside = tile_of(tile, voxels, channels, ROWS, COLUMNS)
+    value = tl.load(x + at(batch, row, c, x_b, x_c, x_v), inside, 0.0).to(WIDE)
     about_mean, scale, z = _normalised(value, c, channels, weight, bias, mean, variance, eps)
-    g = tl.load(grad + _at(batch, row, c, grad_b, grad_c, grad_v), inside, 0.0).to(WIDE)
+    g = tl.load(grad + at(batch, row, c, grad_b, grad_c, grad_v), inside, 0.0).to(WIDE)
     g = tl.where(z > 0, g, 0.0)
     if BATCH_STATISTICS:
         a = tl.load(slopes + c, c < channels, 0.0)
         b = tl.load(slopes + channels + c, c < channels, 0.0)
         g -= a[None, :] + b[None, :] * about_mean
-    tl.store(dx + _at(batch, row, c, dx_b, dx_c, dx_v), (scale * g).to(dx.dtype.element_ty), inside)
+    tl.store(dx + at(batch, row, c, dx_b, dx_c, dx_v), (scale * g).to(dx.dtype.element_ty), inside)
 
 
 def _check(x, weight, bias, **others: Tensor | None) -> None:
@@ -195,28 +172,6 @@ def _check(x, weight, bias, **others: Tensor | None) -> None:
         if value is not None:
             shape = x.shape if name in ("skip", "grad") else (x.shape[1],)
             checks.has_shape(name, value, shape, "x", x)
-
-
-class _Launch:
-    """What all kernels of a call have in common; ``programs`` share a sum."""
-
-    def __init__(self, x: Tensor, programs: int) -> None:
-        batch, channels, self.voxels = x.shape
-        self.count = batch * self.voxels
-        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        columns = min(COLUMNS, triton.next_power_of_2(channels))
-        rows = TILE // columns
-        tiles, blocks = triton.cdiv(self.voxels, rows), triton.cdiv(channels, columns)
-        self.tiles = triton.cdiv(tiles, max(1, programs // batch))  # of one program
-        self.parts = triton.cdiv(tiles, self.tiles) * batch
-        self.sums, self.each = (self.parts, blocks), (tiles * batch, blocks)
-        self.partial = torch.empty(self.parts, 2, channels, dtype=self.wide, device=x.device)
-        wide = {"channels": channels, "WIDE": tl.float64 if self.wide == torch.float64 else tl.float32}
-        self.shape = wide | {"ROWS": rows, "COLUMNS": columns}
-        # sums over programs: few channels a program, so that many programs go through the parts, in few rounds each
-        narrow = min(8, columns)
-        self.narrow = (triton.cdiv(channels, narrow),)
-        self.narrow_shape = wide | {"ROWS": TILE // narrow, "COLUMNS": narrow}
 
 
 def batch_norm_relu(
@@ -230,7 +185,7 @@ def batch_norm_relu(
     if not x.numel():
         empty = torch.zeros_like(weight)
         return y, empty if mean is None else mean.clone(), empty.clone() if variance is None else variance.clone()
-    run = _Launch(source, PROGRAMS[0])
+    run = Launch(source, PROGRAMS[0], 2)
     if mean is None:
         mean, variance = (torch.empty(x.shape[1], dtype=run.wide, device=x.device) for _ in range(2))
         _moments[run.sums](source, run.partial, run.voxels, run.tiles, *source.stride(), **run.shape)
@@ -258,7 +213,7 @@ def batch_norm_relu_backward(
     if not x.numel():
         return dx, dweight.zero_(), dbias.zero_()
     source, upstream, target = merge(x), merge(grad), merge(dx)
-    run = _Launch(source, PROGRAMS[1])
+    run = Launch(source, PROGRAMS[1], 2)
     weight, bias, mean, variance = (t.contiguous() for t in (weight, bias, mean, variance))
     _add_gradients[run.sums](
         upstream, source, run.partial, weight, bias, mean, variance, run.voxels, run.tiles,

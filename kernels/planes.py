@@ -1,13 +1,19 @@
 """How the kernels address (B, C, *spatial) tensors: three strides, as the spatial axes merge into one.
 
-A grid has one axis for the batch and its blocks of voxels, as CUDA's other axes end at 65535 programs.
+A grid has one axis for the batch and its blocks of voxels, as CUDA's other axes end at 65535 programs. Where channels
+are independent, a program takes tiles: rows of voxels times columns of channels, which suits channels last and
+contiguous tensors alike.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+TILE = 2048  # elements
+COLUMNS = 64  # most channels of a tile
 
 
 @triton.jit
@@ -51,6 +57,26 @@ def block_of(voxels, BLOCK: tl.constexpr):
     return batch, voxel, voxel < voxels
 
 
+@triton.jit
+def chunk_of(voxels, tiles, ROWS: tl.constexpr):
+    """Batch element and chunk of so many tiles of this program. The grid's second axis is blocks of channels."""
+    chunks = (voxels - 1) // ROWS // tiles + 1
+    return (tl.program_id(0) // chunks).to(tl.int64), (tl.program_id(0) % chunks).to(tl.int64)
+
+
+@triton.jit
+def tile_of(chunk, voxels, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of a tile, its channels, and which of both there are."""
+    row = chunk * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    return row, c, (row < voxels)[:, None] & (c < channels)[None, :]
+
+
+@triton.jit
+def at(batch, row, c, stride_b, stride_c, stride_v):
+    return batch * stride_b + row[:, None] * stride_v + c.to(tl.int64)[None, :] * stride_c
+
+
 def grid_of(batch: int, voxels: int, block: int) -> tuple[int]:
     """The grid for :func:`block_of`."""
     return (batch * triton.cdiv(voxels, block),)
@@ -71,3 +97,25 @@ def merges(x: Tensor) -> bool:
             return False
         expected = size * stride
     return True
+
+
+class Launch:
+    """What all kernels of a call on tiles of (B, C, voxels) have in common; ``programs`` share each of ``sums``."""
+
+    def __init__(self, x: Tensor, programs: int, sums: int) -> None:
+        batch, channels, self.voxels = x.shape
+        self.count = batch * self.voxels
+        self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        columns = min(COLUMNS, triton.next_power_of_2(channels))
+        rows = TILE // columns
+        tiles, blocks = triton.cdiv(self.voxels, rows), triton.cdiv(channels, columns)
+        self.tiles = triton.cdiv(tiles, max(1, programs // batch))  # of one program
+        self.parts = triton.cdiv(tiles, self.tiles) * batch
+        self.sums, self.each = (self.parts, blocks), (tiles * batch, blocks)
+        self.partial = torch.empty(self.parts, sums, channels, dtype=self.wide, device=x.device)
+        wide = {"channels": channels, "WIDE": tl.float64 if self.wide == torch.float64 else tl.float32}
+        self.shape = wide | {"ROWS": rows, "COLUMNS": columns}
+        # sums over programs: few channels a program, so that many programs go through the parts, in few rounds each
+        narrow = min(8, columns)
+        self.narrow = (triton.cdiv(channels, narrow),)
+        self.narrow_shape = wide | {"ROWS": TILE // narrow, "COLUMNS": narrow}

@@ -9,9 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spss_fast.ops.activation import bias_leaky_relu
+
 
 def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, 1), nn.LeakyReLU(0.2, inplace=True))
+
+
+def _layer(block: nn.Sequential, x: Tensor, weight: Tensor | None = None, added: Tensor | None = None) -> Tensor:
+    """``block`` of ``x``, by another ``weight`` of the convolution if given, and ``added`` to what it activates.
+
+    A CPU's convolution adds the bias as it goes; a GPU does it in a pass over the feature map of its own, and another
+    sums the gradient: there one operator does all that follows the convolution.
+    """
+    convolution, activation = block
+    weight = convolution.weight if weight is None else weight
+    if x.device.type == "cuda":
+        y = convolution._conv_forward(x, weight, None)
+        return bias_leaky_relu(y, convolution.bias, added, activation.negative_slope)
+    y = convolution._conv_forward(x, weight, convolution.bias)
+    return activation(y if added is None else added + y)
 
 
 def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor:
@@ -21,15 +38,13 @@ def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor
     that read the same coarse pixel, 4 to an output in place of 9; ``summed`` says which, see :func:`_summed_taps`. So
     neither the upsampled map nor the concatenation is ever made.
     """
-    convolution, activation = block
     if skip.shape[2:] != torch.Size(2 * side for side in x.shape[2:]):  # the sides are no multiples of 16
-        return block(torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))
+        return _layer(block, torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))
     # split, of all that cuts, is put together again in one piece by its gradient
-    coarse, fine = convolution.weight.split([x.shape[1], skip.shape[1]], 1)
+    coarse, fine = block[0].weight.split([x.shape[1], skip.shape[1]], 1)
     with torch.autocast(x.device.type, enabled=False):  # sums in the weights' precision, as its caller holds them
         kernel = (coarse.flatten(2) @ summed).unflatten(2, (4, 4)).transpose(0, 1)
-    upsampled = F.conv_transpose2d(x, kernel, stride=2, padding=1)
-    return activation(upsampled + F.conv2d(skip, fine, convolution.bias, padding=1))
+    return _layer(block, skip, fine, F.conv_transpose2d(x, kernel, stride=2, padding=1))
 
 
 def _summed_taps() -> Tensor:
@@ -63,9 +78,9 @@ class RegistrationNet(nn.Module):
         """Displacement (B, 2, h, w) that warps ``moving`` onto ``fixed``, both (B, 1, h, w)."""
         levels = [torch.cat([moving, fixed], 1).contiguous(memory_format=torch.channels_last)]
         for block in self.enc:
-            levels.append(block(levels[-1]))
-        x = self.dec[0](levels.pop())
+            levels.append(_layer(block, levels[-1]))
+        x = _layer(self.dec[0], levels.pop())
         for block in self.dec[1:4]:
             x = _up(block, x, levels.pop(), self.summed_taps)
-        x = _up(self.dec[5], self.dec[4](x), levels.pop(), self.summed_taps)
-        return self.flow(self.vm2_conv(x))
+        x = _up(self.dec[5], _layer(self.dec[4], x), levels.pop(), self.summed_taps)
+        return self.flow(_layer(self.vm2_conv, x))

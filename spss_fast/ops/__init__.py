@@ -4,6 +4,7 @@ Each runs the fastest backend there is for its tensors' device (see :mod:`spss_f
 ``backend("reference")`` or the environment variable ``SPSS_FAST_BACKEND`` asks for another.
 """
 
+from spss_fast.ops.activation import bias_leaky_relu
 from spss_fast.ops.backends import backend
 from spss_fast.ops.contrastive import contrastive_loss, select_prototypes
 from spss_fast.ops.convolution import convolve
@@ -15,7 +16,7 @@ from spss_fast.ops.uncertainty import accumulate_softmax, uncertainty_mask
 from spss_fast.ops.warp import SpatialTransformer, integrate, warp
 
 __all__ = [
-    "SpatialTransformer", "accumulate_softmax", "backend", "batch_norm_relu", "contrastive_loss", "convolve",
-    "fill_holes", "integrate", "masked_ce_dice", "propagate", "select_prototypes", "uncertainty_mask", "warp",
-    "weighted_ce_dice",
+    "SpatialTransformer", "accumulate_softmax", "backend", "batch_norm_relu", "bias_leaky_relu", "contrastive_loss",
+    "convolve", "fill_holes", "integrate", "masked_ce_dice", "propagate", "select_prototypes", "uncertainty_mask",
+    "warp", "weighted_ce_dice",
 ]

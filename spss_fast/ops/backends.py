@@ -36,6 +36,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "norm": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
+    "activation": {"cpu": ("triton", "reference"), "cuda": ("triton", "reference")},
     "convolution": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
 }
 # public operator -> the torch.ops.spss_fast.* it is made of; kernels/<operator>.py has Triton functions of these names
@@ -49,6 +50,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "masked_ce_dice", "masked_ce_dice_backward", "weighted_ce_dice", "weighted_ce_dice_backward",
     ),
     "norm": ("batch_norm_relu", "batch_norm_relu_backward"),
+    "activation": ("bias_leaky_relu", "bias_leaky_relu_backward"),
     "convolution": ("convolve", "convolve_backward"),
 }
 

@@ -69,8 +69,8 @@ def launch_contrastive(features, logits, k, both_and_grad):
 
 
 def launch_all(cases, maps_of, images):
-    """Every launcher, on (dtype, (B, *spatial)); norm on (dtype, (B, C, *spatial)), warp on (B, C, *spatial)."""
-    from spss_fast.kernels import contrastive, losses, norm, uncertainty, warp
+    """Every launcher, on (dtype, (B, *spatial)); what has channels on (dtype, (B, C, *spatial)), warp without dtype."""
+    from spss_fast.kernels import activation, contrastive, losses, norm, uncertainty, warp
 
     for dtype, voxels in cases:
         logits, features = (torch.zeros(voxels[0], c, *voxels[1:], dtype=dtype) for c in (2, 64))
@@ -93,6 +93,8 @@ def launch_all(cases, maps_of, images):
         for skip, mean in ((maps, None), (None, wide)):
             norm.batch_norm_relu(maps, wide, wide, skip, mean, mean, 1e-5)
             norm.batch_norm_relu_backward(maps, maps, wide, wide, wide, wide, 1e-5, mean is None)
+            activation.bias_leaky_relu(maps, wide, skip, 0.2)
+            activation.bias_leaky_relu_backward(maps, maps, wide, 0.2)
     for batch, channels, *sides in images:
         image, shift = torch.zeros(batch, channels, *sides), torch.zeros(batch, len(sides), *sides)
         for mode, padding in (("bilinear", "zeros"), ("nearest", "border")):

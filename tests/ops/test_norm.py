@@ -155,10 +155,10 @@ def test_compile_is_told_the_strides_of_strided_inputs(kind):
 def test_triton_programs_that_add_up_several_tiles(monkeypatch):
     if "triton" not in BACKENDS:
         pytest.skip("Triton's interpreter is off, or Triton is not installed")
-    from spss_fast.kernels import norm as kernels
+    from spss_fast.kernels import norm, planes
 
-    monkeypatch.setattr(kernels, "TILE", 64)
-    monkeypatch.setattr(kernels, "PROGRAMS", (6, 6))  # 3 a volume: 8 tiles of 16 voxels each, the last of all in part
+    monkeypatch.setattr(planes, "TILE", 64)
+    monkeypatch.setattr(norm, "PROGRAMS", (6, 6))  # 3 a volume: 8 tiles of 16 voxels each, the last of all in part
     torch.manual_seed(0)
     x = 3 + torch.randn(2, 3, 9, 13, 3, dtype=torch.float64, device=DEVICE)
     results = []

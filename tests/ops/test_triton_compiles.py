@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 KERNELS = {
+    "activation": ("_forward", "_backward", "_bias_gradient"),
     "contrastive": ("_confidence", "_loss"),
     "losses": ("_forward", "_backward"),
     "norm": ("_moments", "_statistics", "_apply", "_add_gradients", "_gradients", "_input_gradient"),
