@@ -187,15 +187,30 @@ def test_registration_net_output(vectors):
     torch.testing.assert_close(network(archive["moving"], archive["fixed"]), archive["flow"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sides", [(8, 12), (7, 10)])
-def test_registration_net_upsamples_and_concatenates(sides):
+def test_registration_net_upsamples_and_concatenates(sides, device):
     torch.manual_seed(0)
-    block = regnet._block(3 + 2, 4).double()
-    x, skip = torch.randn(2, 3, 4, 6, dtype=torch.float64), torch.randn(2, 2, *sides, dtype=torch.float64)
+    where = {"dtype": torch.float64, "device": device}
+    block = regnet._block(3 + 2, 4).to(**where)
+    x, skip = torch.randn(2, 3, 4, 6, **where), torch.randn(2, 2, *sides, **where)
     x.requires_grad_(), skip.requires_grad_()
     expected = block(torch.cat([F.interpolate(x, size=sides), skip], 1))
-    actual = regnet._up(block, x, skip, regnet._summed_taps().double())
+    actual = regnet._up(block, x, skip, regnet._summed_taps().to(x))
     same_with_gradients(actual, expected, [x, skip, *block.parameters()])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_registration_net_on_a_gpu_is_that_on_a_cpu():
+    torch.manual_seed(0)
+    network, pair = RegistrationNet().double(), torch.randn(2, 3, 1, 32, 48, dtype=torch.float64)
+    network.flow.weight.data *= 1e5
+    results = []
+    for device in DEVICES:
+        flow = network.to(device)(*pair.to(device))
+        results.append([r.cpu() for r in (flow, *torch.autograd.grad(flow.square().mean(), network.parameters()))])
+    for on_cpu, on_gpu in zip(*results):
+        torch.testing.assert_close(on_gpu, on_cpu)
 
 
 @pytest.mark.parametrize("mode", [lambda: FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode])
