@@ -11,24 +11,43 @@ from torch.nn import functional as F
 
 from spss_fast.ops.activation import bias_leaky_relu
 
+# a GPU's matrix units take channels by so many; of fewer cuDNN pads some maps, and turns others to float32, each time
+GPU_CHANNELS = 8
+
 
 def _block(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, 1), nn.LeakyReLU(0.2, inplace=True))
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda"
 
 
 def _layer(block: nn.Sequential, x: Tensor, weight: Tensor | None = None, added: Tensor | None = None) -> Tensor:
     """``block`` of ``x``, by another ``weight`` of the convolution if given, and ``added`` to what it activates.
 
     A CPU's convolution adds the bias as it goes; a GPU does it in a pass over the feature map of its own, and another
-    sums the gradient: there one operator does all that follows the convolution.
+    sums the gradient: there one operator does all that follows the convolution. ``x`` may have further channels, of
+    zeros.
     """
     convolution, activation = block
     weight = convolution.weight if weight is None else weight
-    if x.device.type == "cuda":
+    if _on_gpu(x):
+        if zeros := x.shape[1] - weight.shape[1]:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, zeros))
         y = convolution._conv_forward(x, weight, None)
         return bias_leaky_relu(y, convolution.bias, added, activation.negative_slope)
     y = convolution._conv_forward(x, weight, convolution.bias)
     return activation(y if added is None else added + y)
+
+
+def _flow(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    """``convolution(x)``; on a GPU with channels that nobody reads."""
+    if not _on_gpu(x):
+        return convolution(x)
+    count = convolution.out_channels
+    weight = F.pad(convolution.weight, (0, 0, 0, 0, 0, 0, 0, GPU_CHANNELS - count))
+    return F.conv2d(x, weight, padding=1)[:, :count] + convolution.bias[:, None, None]
 
 
 def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor:
@@ -41,7 +60,8 @@ def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor
     if skip.shape[2:] != torch.Size(2 * side for side in x.shape[2:]):  # the sides are no multiples of 16
         return _layer(block, torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))
     # split, of all that cuts, is put together again in one piece by its gradient
-    coarse, fine = block[0].weight.split([x.shape[1], skip.shape[1]], 1)
+    weight = block[0].weight
+    coarse, fine = weight.split([x.shape[1], weight.shape[1] - x.shape[1]], 1)
     with torch.autocast(x.device.type, enabled=False):  # sums in the weights' precision, as its caller holds them
         kernel = (coarse.flatten(2) @ summed).unflatten(2, (4, 4)).transpose(0, 1)
     return _layer(block, skip, fine, F.conv_transpose2d(x, kernel, stride=2, padding=1))
@@ -76,11 +96,14 @@ class RegistrationNet(nn.Module):
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
         """Displacement (B, 2, h, w) that warps ``moving`` onto ``fixed``, both (B, 1, h, w)."""
-        levels = [torch.cat([moving, fixed], 1).contiguous(memory_format=torch.channels_last)]
+        pair = [moving, fixed]
+        if _on_gpu(moving):
+            pair.append(moving.new_zeros(1).expand(len(moving), GPU_CHANNELS - len(pair), *moving.shape[2:]))
+        levels = [torch.cat(pair, 1).contiguous(memory_format=torch.channels_last)]
         for block in self.enc:
             levels.append(_layer(block, levels[-1]))
         x = _layer(self.dec[0], levels.pop())
         for block in self.dec[1:4]:
             x = _up(block, x, levels.pop(), self.summed_taps)
         x = _up(self.dec[5], _layer(self.dec[4], x), levels.pop(), self.summed_taps)
-        return self.flow(_layer(self.vm2_conv, x))
+        return _flow(self.flow, _layer(self.vm2_conv, x))

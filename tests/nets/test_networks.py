@@ -200,17 +200,21 @@ def test_registration_net_upsamples_and_concatenates(sides, device):
     same_with_gradients(actual, expected, [x, skip, *block.parameters()])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_registration_net_on_a_gpu_is_that_on_a_cpu():
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sides", [(32, 48), (17, 30)])
+def test_a_registration_net_as_gpus_run_it_is_the_one_that_cpus_run(sides, device, monkeypatch):
     torch.manual_seed(0)
-    network, pair = RegistrationNet().double(), torch.randn(2, 3, 1, 32, 48, dtype=torch.float64)
+    network, pair = RegistrationNet().double(), torch.randn(2, 3, 1, *sides, dtype=torch.float64)
     network.flow.weight.data *= 1e5
-    results = []
-    for device in DEVICES:
-        flow = network.to(device)(*pair.to(device))
-        results.append([r.cpu() for r in (flow, *torch.autograd.grad(flow.square().mean(), network.parameters()))])
-    for on_cpu, on_gpu in zip(*results):
-        torch.testing.assert_close(on_gpu, on_cpu)
+
+    def results(pair):
+        flow = network.to(pair.device)(*pair)
+        return [r.cpu() for r in (flow, *torch.autograd.grad(flow.square().mean(), network.parameters()))]
+
+    expected = results(pair)
+    monkeypatch.setattr(regnet, "_on_gpu", lambda x: True)
+    for actual, definition in zip(results(pair.to(device)), expected):
+        torch.testing.assert_close(actual, definition)
 
 
 @pytest.mark.parametrize("mode", [lambda: FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode])
