@@ -63,7 +63,7 @@ def save_preview(path: Path, batch: Batch, outputs: Outputs, iteration: int, val
             _panel(axis, image[i, :, :, z], f"{name}, patch slice {z}{star}", shown, len(values))
         row[0].text(-0.02, 0.5, batch.names[i], rotation=90, ha="right", va="center", fontsize=9, parse_math=False,
                     transform=row[0].transAxes)
-        title = f"m (CutMix, turned); blue: {mask.sum():,} selected, {mask.mean():.2%}"
+        title = f"m (CutMix, turned), {mask.mean():.2%} selected: blue"
         _panel(row[3], mixed[i, :, :, z], title, {}, len(values))
         overlay = np.zeros((*mask.shape[1:3], 4))
         overlay[mask[i, :, :, z]] = (0.4, 0.55, 1.0, 0.45)
