@@ -43,6 +43,17 @@ def test_a_voxel_with_all_six_neighbours_is_no_surface():
     assert metrics.evaluate(cross, middle)["asd"] == metrics.evaluate(middle, cross)["asd"] == 1.0
 
 
+@pytest.mark.parametrize("spacing", [None, (0.7, 1.25, 3.0)])
+def test_surface_distances_are_those_of_whole_arrays_distance_transforms(spacing):
+    random = np.random.default_rng(0)
+    blobs = [ndimage.gaussian_filter(random.random((20, 24, 12)), 2) for _ in range(2)]
+    masks = [blob > np.median(blob) for blob in blobs]
+    surfaces = [mask & ~ndimage.binary_erosion(mask) for mask in masks]
+    actual = metrics.surface_distances(*masks, spacing)
+    for distances, own, other in zip(actual, surfaces, surfaces[::-1]):
+        np.testing.assert_allclose(distances, ndimage.distance_transform_edt(~other, sampling=spacing)[own], rtol=1e-12)
+
+
 def test_empty_arrays():
     empty, full = np.zeros((3, 3, 3), bool), np.ones((3, 3, 3), bool)
     both = metrics.evaluate(empty, empty)
