@@ -13,9 +13,10 @@ from spss_fast.kernels.planes import Launch, at, chunk_of, merge, tile_of
 from torch import Tensor
 
 from spss_fast.ops import checks
+from spss_fast.ops.activation import check_slope
 from spss_fast.ops.norm import dense
 
-PROGRAMS = 640  # that share a sum: what an H100 holds at once
+PROGRAMS = 640  # that share a sum, as norm's backward has; others were not measured
 
 
 @triton.jit
@@ -73,13 +74,14 @@ def bias_leaky_relu(x: Tensor, bias: Tensor, added: Tensor | None, slope: float)
     checks.has_shape("bias", bias, (x.shape[1],), "x", x)
     if added is not None:
         checks.has_shape("added", added, x.shape, "x", x)
+    check_slope(slope)
     x = dense(x)
     y = torch.empty_like(x)
     if not x.numel():
         return y
     source, target = merge(x), merge(y)
     other = source if added is None else merge(added)
-    run = Launch(source, PROGRAMS, 0)
+    run = Launch(source)
     _forward[run.each](
         source, bias.contiguous(), other, target, run.voxels, *source.stride(), *other.stride(), *target.stride(),
         slope=slope, WITH_ADDED=added is not None, **run.shape,
@@ -91,6 +93,7 @@ def bias_leaky_relu_backward(grad: Tensor, y: Tensor, bias: Tensor, slope: float
     checks.has_channels("y", y)
     checks.has_shape("grad", grad, y.shape, "y", y)
     checks.has_shape("bias", bias, (y.shape[1],), "y", y)
+    check_slope(slope)
     dx, dbias = torch.empty_like(dense(y)), torch.empty_like(bias, memory_format=torch.contiguous_format)
     if not y.numel():
         return dx, dbias.zero_()

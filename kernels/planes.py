@@ -102,7 +102,7 @@ def merges(x: Tensor) -> bool:
 class Launch:
     """What all kernels of a call on tiles of (B, C, voxels) have in common; ``programs`` share each of ``sums``."""
 
-    def __init__(self, x: Tensor, programs: int, sums: int) -> None:
+    def __init__(self, x: Tensor, programs: int = 1, sums: int = 0) -> None:
         batch, channels, self.voxels = x.shape
         self.count = batch * self.voxels
         self.wide = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from spss_fast.ops.activation import bias_leaky_relu
 
-# a GPU's matrix units take channels by so many; of fewer cuDNN pads some maps, and turns others to float32, each time
+# a GPU's matrix units take channels by so many; of fewer cuDNN 9.19 pads some bf16 maps, and turns others to float32
 GPU_CHANNELS = 8
 
 
@@ -31,13 +31,13 @@ def _layer(block: nn.Sequential, x: Tensor, weight: Tensor | None = None, added:
     zeros.
     """
     convolution, activation = block
-    weight = convolution.weight if weight is None else weight
+    weight, bias = convolution.weight if weight is None else weight, convolution.bias
     if _on_gpu(x):
         if zeros := x.shape[1] - weight.shape[1]:
             weight = F.pad(weight, (0, 0, 0, 0, 0, zeros))
-        y = convolution._conv_forward(x, weight, None)
-        return bias_leaky_relu(y, convolution.bias, added, activation.negative_slope)
-    y = convolution._conv_forward(x, weight, convolution.bias)
+        y = F.conv2d(x, weight, None, convolution.stride, convolution.padding)
+        return bias_leaky_relu(y, bias, added, activation.negative_slope)
+    y = F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
     return activation(y if added is None else added + y)
 
 
@@ -47,7 +47,9 @@ def _flow(convolution: nn.Conv2d, x: Tensor) -> Tensor:
         return convolution(x)
     count = convolution.out_channels
     weight = F.pad(convolution.weight, (0, 0, 0, 0, 0, 0, 0, GPU_CHANNELS - count))
-    return F.conv2d(x, weight, padding=1)[:, :count] + convolution.bias[:, None, None]
+    # cut with the channels last, so that the gradient is padded where it lies
+    y = F.conv2d(x, weight, padding=1).movedim(1, -1)[..., :count].movedim(-1, 1)
+    return y + convolution.bias[:, None, None]
 
 
 def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class RegistrationNet(nn.Module):
         pair = [moving, fixed]
         if _on_gpu(moving):
             pair.append(moving.new_zeros(1).expand(len(moving), GPU_CHANNELS - len(pair), *moving.shape[2:]))
-        levels = [torch.cat(pair, 1).contiguous(memory_format=torch.channels_last)]
+        levels = [torch.cat([x.movedim(1, -1) for x in pair], -1).movedim(-1, 1)]  # channels last
         for block in self.enc:
             levels.append(_layer(block, levels[-1]))
         x = _layer(self.dec[0], levels.pop())

@@ -5,17 +5,19 @@ registration net.
 
 Source: Maas et al., "Rectifier Nonlinearities Improve Neural Network Acoustic Models", ICML workshop 2013. Torch's own
 operators read and write the feature map once each, and sum the bias's gradient in a pass of its own; here a pass does
-it forward, and a pass backward, which keeps nothing but y.
+it forward, and a pass backward, which keeps no map but y.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spss_fast.ops import backends, checks
-from spss_fast.ops.norm import dense
+from spss_fast.ops.norm import HALF, dense
 
 
 def reference(x: Tensor, bias: Tensor, added: Tensor | None = None, slope: float = 0.2) -> Tensor:
@@ -27,6 +29,13 @@ def reference(x: Tensor, bias: Tensor, added: Tensor | None = None, slope: float
     return F.leaky_relu(z, slope).to(x.dtype)
 
 
+def check_slope(slope: float) -> None:
+    """``TypeError`` or ``ValueError`` unless the sign of a result is that of what it was computed from."""
+    checks.is_number("slope", slope)
+    if not 0 <= slope < math.inf:
+        raise ValueError(f"slope must be a finite number of at least 0, not {slope}")
+
+
 def bias_leaky_relu(x: Tensor, bias: Tensor, added: Tensor | None = None, slope: float = 0.2) -> Tensor:
     """``leaky_relu(x + bias + added, slope)``, differentiable in x, bias and added.
 
@@ -34,26 +43,25 @@ def bias_leaky_relu(x: Tensor, bias: Tensor, added: Tensor | None = None, slope:
         x: (B, C, *spatial), floating; read in place if contiguous or channels last; half types are computed in float32.
         bias: (C,), of x's dtype, or float32 beside a half type.
         added: of x's shape and dtype; None for nothing.
-        slope: of the line below zero, more than 0.
+        slope: of the line below zero, at least 0; on a GPU kernels are compiled for each value.
 
     Returns:
         Of x's shape, dtype and memory format, which is channels last if x has its channels side by side without being
-        contiguous. Deterministic. The gradient is once differentiable.
+        contiguous. Deterministic. The gradient is once differentiable; it goes by the sign of the result, which is 0
+        where float16 has no number so small.
 
     Raises:
         TypeError: an argument is no tensor or number, or of another dtype.
-        ValueError: a shape or device does not fit, or slope is not above 0.
+        ValueError: a shape or device does not fit, or slope is negative or not finite.
     """
     checks.is_tensor("x", x)
     checks.has_channels("x", x)
-    checks.is_tensor("bias", bias, *{x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32})
+    checks.is_tensor("bias", bias, *((torch.float32, x.dtype) if x.dtype in HALF else (x.dtype,)))
     checks.has_shape("bias", bias, (x.shape[1],), "x", x)
     if added is not None:
         checks.is_tensor("added", added, x.dtype)
         checks.has_shape("added", added, x.shape, "x", x)
-    checks.is_number("slope", slope)
-    if not slope > 0:
-        raise ValueError(f"slope must be above 0, not {slope}")
+    check_slope(slope)
     if backends.use_reference("activation", x):
         return reference(x, bias, added, slope)
     return torch.ops.spss_fast.bias_leaky_relu(x, bias, added, slope)

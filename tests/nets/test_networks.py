@@ -217,6 +217,20 @@ def test_a_registration_net_as_gpus_run_it_is_the_one_that_cpus_run(sides, devic
         torch.testing.assert_close(actual, definition)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_registration_net_as_gpus_run_it_takes_autocast(device, monkeypatch):
+    torch.manual_seed(0)
+    network, pair = RegistrationNet().to(device), torch.randn(2, 3, 1, 32, 48, device=device)
+    network.flow.weight.data *= 1e5
+    monkeypatch.setattr(regnet, "_on_gpu", lambda x: True)
+    expected = network(*pair)
+    with torch.autocast(device, torch.bfloat16):
+        actual = network(*pair)
+    gradients = torch.autograd.grad(actual.sum(), network.parameters())
+    assert 0 < (actual - expected).norm() / expected.norm() < 0.02
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("mode", [lambda: FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode])
 def test_a_registration_net_trains_after_a_pass_as_exports_and_inference_make_it(mode):
     network, pair = RegistrationNet().half(), torch.randn(2, 1, 1, 32, 32).half()  # no other test's type
