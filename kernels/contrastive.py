@@ -19,6 +19,8 @@ ANCHORS = 32  # a block
 PROGRAMS = 128  # each adds up the prototypes' gradients of its blocks, one after the other
 LARGEST = 2**24  # numbers in all those sums together
 EPSILON = 1e-12
+# three products of a GPU's matrix units for each of float32: as "ieee" Triton 3.6 keeps the tiles in local memory
+EXACT = tl.constexpr("tf32x3")
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def _through_unit(grad, unit, divisor, free):
 @triton.jit
 def _direction(unit, bank, positive, here, banked, temperature, scale, BANK: tl.constexpr):
     """Sum of losses, dL/d(cosines with the bank), dL/d(cosine with the positive) for the anchors `here`."""
-    score = tl.dot(unit, tl.trans(bank), input_precision="ieee") / temperature
+    score = tl.dot(unit, tl.trans(bank), input_precision=EXACT) / temperature
     score = tl.where(tl.arange(0, BANK)[None, :] < banked, score, float("-inf"))
     top = tl.maximum(tl.max(score, 1), positive)
     e = tl.exp(score - top[:, None])
@@ -118,16 +120,16 @@ def _loss(
                 )
                 sum_of_losses += losses
                 slope += of_positive
-                to_a += tl.dot(of_score, bank, input_precision="ieee")
-                to_bank = tl.dot(tl.trans(of_score), unit_a, input_precision="ieee")
+                to_a += tl.dot(of_score, bank, input_precision=EXACT)
+                to_bank = tl.dot(tl.trans(of_score), unit_a, input_precision=EXACT)
                 if BOTH:
                     losses, of_score, of_positive = _direction(
                         unit_b, bank, positive, here, banked, temperature, scale, BANK
                     )
                     sum_of_losses += losses
                     slope += of_positive
-                    to_b += tl.dot(of_score, bank, input_precision="ieee")
-                    to_bank += tl.dot(tl.trans(of_score), unit_b, input_precision="ieee")
+                    to_b += tl.dot(of_score, bank, input_precision=EXACT)
+                    to_bank += tl.dot(tl.trans(of_score), unit_b, input_precision=EXACT)
                 if WITH_GRAD:
                     at = grad_banks + (tl.program_id(0).to(tl.int64) * classes + c) * BANK * WIDTH + tile
                     tl.store(at, tl.load(at) + to_bank)
@@ -146,8 +148,9 @@ def _power(least: int) -> int:
 
 
 def shared_memory(bank: int, wide: int) -> int:
-    """Bytes that a program of ``_loss`` takes at most: a bank, scores and two blocks of anchors, or three blocks."""
-    return 4 * max(bank * wide + ANCHORS * (bank + 2 * wide), 3 * ANCHORS * wide)
+    """Bytes that a program of ``_loss`` takes at most: a bank, scores and two blocks of anchors and what reductions
+    need, or three blocks."""
+    return 4 * max(bank * wide + ANCHORS * (bank + 2 * wide + 32), 3 * ANCHORS * wide)
 
 
 def _room(device: torch.device) -> int:
@@ -199,7 +202,7 @@ def contrastive_loss(
         anchors, voxels, width, classes, EPSILON, temperature, 1 / anchors,
         *rows_a.stride(), *rows_b.stride(), *strides,
         BOTH=bidirectional, WITH_GRAD=with_grad, BANK=bank, WIDTH=wide, ANCHORS=ANCHORS,
-        num_warps=min(16, max(4, bank * wide // 2**11)),  # of a bank and its gradient, 64 registers a thread each
+        num_warps=min(16, max(8, bank * wide // 2**11)),  # of a bank and its gradient, 64 registers a thread each
     )
     if with_grad:
         to_unit = grad_banks.sum(0)[:, :k, :width].reshape(-1, width)

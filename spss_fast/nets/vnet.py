@@ -238,8 +238,8 @@ class VNet(nn.Module):
         if decoded.device.type != "cuda":
             return torch.cat([F.conv3d(x, w, self.out_conv.bias) for x, w in zip(decoded.split(1), weight)])
         # every sample with every sample's weight, still few channels: one convolution, and a quarter of the time
-        every = F.conv3d(decoded, weight.flatten(0, 1), self.out_conv.bias.repeat(len(decoded)))
-        return every.unflatten(1, (len(decoded), -1)).diagonal(0, 0, 1).movedim(-1, 0)
+        every = F.conv3d(decoded, weight.flatten(0, 1)).unflatten(1, (len(decoded), -1))
+        return every.diagonal(0, 0, 1).movedim(-1, 0) + self.out_conv.bias[:, None, None, None]
 
     def class_map(self, decoded: Tensor) -> Tensor:
         """Logits before the last dropout, trilinear at 1/8 resolution: (B, C, h/8, w/8, d/8).
