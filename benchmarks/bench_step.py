@@ -188,9 +188,8 @@ def registration(provider: str, config: Config, device: str, case: str):
     def labels() -> Tensor:
         if provider == "spss_fast":
             classes = config.data.class_count
-            return registration_labels(
-                state.registration, labeled, batch.annotation, index, classes, config.registration, state.amp
-            )
+            flows = state.neighbour_flows(labeled)
+            return registration_labels(flows, batch.annotation, index, classes, config.registration)
         return imported_straightforward().carried_labels(
             state.registration, labeled, annotation, index, config.registration
         )

@@ -25,26 +25,13 @@ from spss_fast.data.selection import halving_slice
 from spss_fast.engine import checkpoint
 from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.pseudo_labels import registration_labels
+from spss_fast.engine.registration import neighbour_flows
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.settings import Config
 from spss_fast.suggest import choose
 
 ATLAS = 24  # voxels a side of the grid on which labels of different scans are compared
-
-
-class Remembered(torch.nn.Module):
-    """A registration network that is asked for one volume's displacements only, again and again."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self.displacement: torch.Tensor | None = None
-
-    def forward(self, moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
-        if self.displacement is None:
-            self.displacement = self.network(moving, fixed)
-        return self.displacement
 
 
 @torch.no_grad()
@@ -54,12 +41,12 @@ def dice_by_slice(case: PreparedCase, network: torch.nn.Module, config: Config, 
     label = np.array(case.label())
     volume = torch.from_numpy(case.image)[None].to(device)
     amp = resolve_amp(config.training.amp, device)
-    network = Remembered(network)
+    flows = neighbour_flows(network, volume, amp)
     dice = np.full(label.shape[2], np.nan)
     for z in np.flatnonzero(label.any((0, 1))):
         annotation = torch.from_numpy(label[None, :, :, z].copy())
-        carried = registration_labels(network, volume, annotation, torch.tensor([z], device=device),
-                                      config.data.class_count, config.registration, amp)
+        where = torch.tensor([z], device=device)
+        carried = registration_labels(flows, annotation, where, config.data.class_count, config.registration)
         dice[z] = metrics.dice(carried[0].cpu().numpy() > 0, label > 0)
     return dice
 

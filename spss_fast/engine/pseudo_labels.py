@@ -5,23 +5,22 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import Tensor
 
 from spss_fast.engine.device import upload
-from spss_fast.engine.registration import neighbour_flows
 from spss_fast.ops.holes import fill_holes
 from spss_fast.ops.propagate import propagate
 from spss_fast.settings import RegistrationSettings
 
 
 def registration_labels(
-    network: nn.Module, volumes: Tensor, annotation: Tensor, index: Tensor, classes: int,
-    settings: RegistrationSettings, amp: torch.dtype | None,
+    flows: tuple[Tensor, Tensor], annotation: Tensor, index: Tensor, classes: int, settings: RegistrationSettings,
 ) -> Tensor:
     """Carry each annotated slice through its volume (step 2).
 
-    ``volumes`` (L, h, w, d); ``annotation`` (L, h, w) uint8 in [0, C = ``classes``), on the CPU; ``index`` (L,) int64,
-    its slice z*. Returns uint8 in [0, C) of shape (L, h, w, d) on the device of ``volumes``.
+    ``flows`` of the volumes by :func:`~spss_fast.engine.registration.neighbour_flows`, each (L, d - 1, 2, h, w);
+    ``annotation`` (L, h, w) uint8 in [0, C = ``classes``), on the CPU; ``index`` (L,) int64, its slice z*. Returns
+    uint8 in [0, C) of shape (L, h, w, d) on the device of ``flows``.
 
     Every foreground class is carried on its own. So is each of the ``structures`` largest components that it has in the
     annotated slice, because keeping the largest component on the way would lose one of a pair of organs; with 1, a
@@ -31,17 +30,16 @@ def registration_labels(
     parts, count = masks.flatten(0, 1), settings.structures
     if count > 1:
         parts = split_structures(parts, count)
-    chains = len(parts) // max(1, len(annotation))  # per volume
-    flows = neighbour_flows(network, volumes, amp)
+    chains, device = len(parts) // max(1, len(annotation)), flows[0].device  # per volume
     up, down = (flow if chains == 1 else flow.repeat_interleave(chains, 0) for flow in flows)
     labels = propagate(
-        upload(parts, volumes.device), index.repeat_interleave(chains), up, down, opening=settings.opening,
+        upload(parts, device), index.repeat_interleave(chains), up, down, opening=settings.opening,
         closing=settings.closing, far_distance=settings.far_distance, far_iterations=settings.far_iterations,
     )
     if chains == 1:
         return labels
     labels = joined(labels.unflatten(0, (-1, classes - 1, count)).amax(2), masks.sum((2, 3)))
-    return restore_annotation(labels, upload(annotation, labels.device), index)
+    return restore_annotation(labels, upload(annotation, device), index)
 
 
 def foreground_masks(labels: Tensor, classes: int) -> Tensor:

@@ -17,7 +17,7 @@ from spss_fast.engine.device import upload
 from spss_fast.engine.graphs import Replayed
 from spss_fast.engine.profiling import phase
 from spss_fast.engine.pseudo_labels import foreground_masks, fuse, registration_labels, voxel_weights
-from spss_fast.engine.registration import registration_steps, sample_pairs
+from spss_fast.engine.registration import neighbour_flows, registration_steps, sample_pairs
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops.contrastive import contrastive_loss
@@ -47,6 +47,7 @@ class State:
     registration_scaler: torch.amp.GradScaler = field(init=False)
     # the functions of the same names below; on a GPU each is one launch
     registration_steps: Callable[..., Tensor] = field(init=False)
+    neighbour_flows: Callable[[Tensor], tuple[Tensor, Tensor]] = field(init=False)
     teacher_passes: Callable[..., tuple[Tensor, ...]] = field(init=False)
     monte_carlo: Callable[[Tensor], Tensor] = field(init=False)
     student_passes: Callable[..., tuple[Tensor, ...]] = field(init=False)
@@ -76,17 +77,19 @@ class State:
             torch.amp.GradScaler(self.device.type, enabled=scaled) for _ in range(2)
         )
         self.last_loss = torch.tensor(float("inf"), dtype=torch.float64, device=self.device)
-        bound = [functools.partial(f, self) for f in (_registration_steps, teacher_passes, monte_carlo, student_passes)]
+        functions = _registration_steps, _neighbour_flows, teacher_passes, monte_carlo, student_passes
+        bound = [functools.partial(f, self) for f in functions]
         self.stream = None
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device, priority=-1)  # before the V-Nets: others wait for the labels
-            bound[1:] = (Replayed(bound[1], "teacher"), Replayed(bound[2], "teacher"),
-                         Replayed(bound[3], "student", self.student.parameters()))
+            bound[1:] = (Replayed(bound[1], "propagation", priority=-1), Replayed(bound[2], "teacher"),
+                         Replayed(bound[3], "teacher"), Replayed(bound[4], "student", self.student.parameters()))
             # Adam's steps are part of the graph: apex's counts them on the host, and a gradient scaler's `step` and
             # `update` have not been tried in one (the student's only scales the loss there, and steps outside)
             if not scaled and training.optimizer == "torch":
                 bound[0] = Replayed(bound[0], "registration", priority=-1)
-        self.registration_steps, self.teacher_passes, self.monte_carlo, self.student_passes = bound
+        (self.registration_steps, self.neighbour_flows, self.teacher_passes, self.monte_carlo,
+         self.student_passes) = bound
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the segmentation networks; losses take their outputs in float32."""
@@ -154,6 +157,11 @@ def _registration_steps(state: State, volumes: Tensor, labels: Tensor | None, *p
             state.registration, state.adam, volumes, labels, pairs, state.config.registration, state.amp,
             state.registration_scaler,
         )
+
+
+def _neighbour_flows(state: State, volumes: Tensor) -> tuple[Tensor, Tensor]:
+    with phase("propagation"):
+        return neighbour_flows(state.registration, volumes, state.amp)
 
 
 @torch.no_grad()
@@ -240,10 +248,9 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         # 1. registration steps without labels
         registration_loss = state.registration_steps(volumes, None, *sample_pairs(volumes, registration))
         # 2. registration labels
+        flows = state.neighbour_flows(volumes[:labeled])
         with phase("propagation"):
-            label_reg = registration_labels(
-                state.registration, volumes[:labeled], batch.annotation, index, classes, registration, state.amp
-            )
+            label_reg = registration_labels(flows, batch.annotation, index, classes, registration)
 
     # 3 and 5, the teacher's half: on the noisy image and on both views
     state.receive(ready, image, view1, view2, annotation, index)

@@ -43,11 +43,12 @@ def test_registration_labels_are_measured_from_the_annotated_slice_on(monkeypatc
     reference = torch.zeros(6, 5, 4, dtype=torch.uint8)
     reference[1:4, 1:4, 2] = 1
 
-    def slice_alone(network, volumes, annotation, index, *settings):
-        labels = torch.zeros(volumes.shape, dtype=torch.uint8)
+    def slice_alone(flows, annotation, index, *settings):
+        labels = torch.zeros(1, *reference.shape, dtype=torch.uint8)
         labels[0, :, :, index[0]] = annotation[0]
         return labels
 
+    monkeypatch.setattr(evaluation, "neighbour_flows", lambda *arguments: None)
     monkeypatch.setattr(evaluation, "registration_labels", slice_alone)
     volumes = [
         SimpleNamespace(name=name, image=reference.float(), annotation=reference[:, :, 2], index=2, reference=full)

@@ -133,7 +133,7 @@ def test_iterations_replayed_beside_each_other_are_the_iterations(amp, monkeypat
         state = State(config, torch.device("cuda"), amp)
         if plain:
             state.stream = None
-            for name in ("registration_steps", "teacher_passes", "monte_carlo", "student_passes"):
+            for name in ("registration_steps", "neighbour_flows", "teacher_passes", "monte_carlo", "student_passes"):
                 setattr(state, name, getattr(state, name).function)
         metrics = []
         for batch in batches:

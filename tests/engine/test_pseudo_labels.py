@@ -6,6 +6,7 @@ import torch
 from scipy import ndimage
 
 from spss_fast.engine import pseudo_labels, selfpaced
+from spss_fast.engine.registration import neighbour_flows
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.ops import fill_holes
 from spss_fast.settings import RegistrationSettings
@@ -109,8 +110,8 @@ def test_without_displacement_the_annotated_slice_is_copied_through_the_volume()
     annotation = torch.zeros(1, 32, 32, dtype=torch.uint8)
     annotation[0, 8:20, 9:25] = 1
     labels = pseudo_labels.registration_labels(
-        network, torch.randn(1, 32, 32, 6), annotation, torch.tensor([2]), 2,
-        RegistrationSettings(opening=1, closing=1), None,
+        neighbour_flows(network, torch.randn(1, 32, 32, 6), None), annotation, torch.tensor([2]), 2,
+        RegistrationSettings(opening=1, closing=1),
     )
     assert torch.equal(labels, annotation[..., None].expand(-1, -1, -1, 6))
 
@@ -125,8 +126,8 @@ def test_paired_organs_are_carried_each_on_their_own():
     assert parts.sum((1, 2)).tolist() == [64, 48, 40, 0]
     for structures, kept in ((1, [64, 40]), (2, [112, 40])):
         labels = pseudo_labels.registration_labels(
-            network, torch.randn(2, 32, 32, 4), annotation, torch.tensor([0, 3]), 2,
-            RegistrationSettings(opening=1, closing=1, structures=structures), None,
+            neighbour_flows(network, torch.randn(2, 32, 32, 4), None), annotation, torch.tensor([0, 3]), 2,
+            RegistrationSettings(opening=1, closing=1, structures=structures),
         )
         assert labels[0, :, :, 3].sum() == kept[0] and labels[1, :, :, 0].sum() == kept[1]
         assert torch.equal(labels[0, :, :, 0], annotation[0]) and torch.equal(labels[1, :, :, 3], annotation[1])
@@ -147,12 +148,11 @@ def test_classes_are_carried_as_they_would_be_alone(structures):
     annotation[:, 3:13, 3:13], annotation[:, 18:28, 2:13], annotation[0, 18:30, 18:30] = 1, 2, 1
     annotation[1, 18:30, 18:30] = 3
     settings = RegistrationSettings(opening=3, closing=1, structures=structures)
-    labels = pseudo_labels.registration_labels(network, volumes, annotation, index, 4, settings, None)
+    flows = neighbour_flows(network, volumes, None)
+    labels = pseudo_labels.registration_labels(flows, annotation, index, 4, settings)
     assert labels.dtype == torch.uint8 and labels.shape == volumes.shape
     for c in (1, 2, 3):
-        alone = pseudo_labels.registration_labels(
-            network, volumes, (annotation == c).to(torch.uint8), index, 2, settings, None
-        )
+        alone = pseudo_labels.registration_labels(flows, (annotation == c).to(torch.uint8), index, 2, settings)
         assert torch.equal((labels == c).to(torch.uint8), alone)  # far enough apart not to overlap
     assert (labels[0] != 3).all() and not torch.equal(labels[0, :, :, 0], labels[0, :, :, 5])
     for label, slice_, z in zip(labels, annotation, index):
@@ -166,9 +166,8 @@ def test_a_lesion_is_not_closed_over_by_its_organ(lesion, organ):
     annotation = torch.zeros(1, 32, 32, dtype=torch.uint8)
     annotation[0, 6:26, 6:26], annotation[0, 14:17, 14:17] = organ, lesion
     settings = RegistrationSettings(opening=1, closing=5, far_distance=1, far_iterations=1)
-    labels = pseudo_labels.registration_labels(
-        network, torch.zeros(1, 32, 32, 6), annotation, torch.tensor([0]), 3, settings, None
-    )
+    flows = neighbour_flows(network, torch.zeros(1, 32, 32, 6), None)
+    labels = pseudo_labels.registration_labels(flows, annotation, torch.tensor([0]), 3, settings)
     assert torch.equal(labels, annotation[..., None].expand(-1, -1, -1, 6))
 
 

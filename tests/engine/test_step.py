@@ -53,7 +53,8 @@ def test_an_iteration_is_its_steps(t, pace, lr):
         return registration.registration_steps(network, adam, volumes[:count], labels, pairs, settings, None)
 
     loss_registration = steps(None, 4)  # on all volumes
-    reg = pseudo_labels.registration_labels(network, volumes[:2], batch.annotation, batch.index, 3, settings, None)  # 2
+    flows = registration.neighbour_flows(network, volumes[:2], None)  # 2
+    reg = pseudo_labels.registration_labels(flows, batch.annotation, batch.index, 3, settings)
     with torch.no_grad():
         p_t = teacher(selfpaced.clipped_noise(batch.image, selection))[:2].softmax(1)  # 3
         box = selfpaced.random_box(32, 32)  # 5
