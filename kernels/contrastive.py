@@ -148,9 +148,9 @@ def _power(least: int) -> int:
 
 
 def shared_memory(bank: int, wide: int) -> int:
-    """Bytes that a program of ``_loss`` takes at most: a bank, scores and two blocks of anchors and what reductions
-    need, or three blocks."""
-    return 4 * max(bank * wide + ANCHORS * (bank + 2 * wide + 32), 3 * ANCHORS * wide)
+    """Bytes that a program of ``_loss`` takes at most: a bank, scores and two blocks of anchors, or four blocks, or
+    scores and anchors with what matrix units take of both."""
+    return 4 * max(bank * wide + ANCHORS * (bank + 2 * wide), 4 * ANCHORS * wide, 2 * ANCHORS * (bank + wide))
 
 
 def _room(device: torch.device) -> int:
