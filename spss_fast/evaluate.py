@@ -1,4 +1,4 @@
-"""Measure a trained run: ``python -m spss_fast.evaluate --run RUN [--data-dir DATA]``."""
+"""Measure a trained run or other weights: ``python -m spss_fast.evaluate --run RUN [--data-dir DATA]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from spss_fast import cli
 from spss_fast.console import say
 from spss_fast.data.cache import PreparedCase, prepare
 from spss_fast.data.layouts import find_cases
-from spss_fast.engine import checkpoint
 from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.evaluation import (
     Rows,
@@ -30,25 +29,30 @@ from spss_fast.engine.run_folder import RunFolder
 from spss_fast.engine.weights import build_network
 from spss_fast.errors import UserError, some
 from spss_fast.nets.vnet import VNet
-from spss_fast.settings import DataSettings
+from spss_fast.predict import PREPARATION, add_preset, load_network, take_preset
+from spss_fast.settings import Config, DataSettings
 
 DESCRIPTION = """Dice, Jaccard, 95% Hausdorff distance and average surface distance of a run's student: on the run's
-test cases, or on every case with a full label in another data folder. Of several classes, the average and each one's
-own."""
+test cases, or on every case with a full label in another data folder. Of weights without a run, on every case with a
+full label in --data-dir. Of several classes, the average and each one's own."""
+# how scans and labels are read
+READING = (*PREPARATION, "foreground", "classes", "cache_dir", "workers")
 
 
 def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line to a dictionary."""
     parser = cli.Parser(prog="spss_fast.evaluate", description=DESCRIPTION)
-    parser.add_argument("--run", type=Path, required=True, help="folder of a trained run")
+    parser.add_argument("--run", type=Path, help="folder of a trained run")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="another V-Net's weights (.pth, .safetensors)")
     parser.add_argument("--data-dir", type=Path, help="where the run's scans lie now, or a folder of other scans "
                         "(default: where training found them)")
     parser.add_argument("--stride", help="voxels from window to window, at most the patch, like 18,18,4 (default: "
                         "LA's, in proportion)")
     parser.add_argument("--units", choices=("voxel", "mm"), default="voxel", help="unit of the distances")
     parser.add_argument("--out", type=Path, help="CSV of the metrics per case, with a JSON of the same name that says "
-                        "what was measured (default: RUN/evaluation.csv)")
+                        "what was measured (default: RUN/evaluation.csv, of --weights FILE.csv)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    add_preset(parser, READING)
     return vars(parser.parse_args(arguments))
 
 
@@ -58,18 +62,19 @@ def load_student(content: dict[str, Any], device: torch.device) -> VNet:
 
 
 def cases_to_measure(
-    settings: DataSettings, recorded: dict[str, Any], folder: Path
+    settings: DataSettings, recorded: dict[str, Any] | None, folder: Path
 ) -> tuple[list[PreparedCase], bool, list[str]]:
     """The cases of ``folder`` to measure, whether they are others than the run's own, and the names of those with a
     label that are left out because they are, while all of the run's are there.
 
-    ``recorded`` is the run's ``cases.json``. A ``folder`` that holds a case of every name in it is the run's data,
-    moved; of any other all cases with a label are measured.
+    ``recorded`` is the run's ``cases.json``, None where there is no run. A ``folder`` that holds a case of every name
+    in it is the run's data, moved; of any other all cases with a label are measured.
     """
-    same, known = _is_where_it_was(folder, recorded), {*recorded["train"], *recorded["test"]}
+    same = recorded is not None and _is_where_it_was(folder, recorded)
     cases = find_cases(settings.dataset if same else "folder", folder)  # another one may be in any layout
     labelled = [case for case in cases if case.label is not None]
-    if not same and not known <= {case.name for case in cases}:
+    known = set() if recorded is None else {*recorded["train"], *recorded["test"]}
+    if recorded is None or not (same or known <= {case.name for case in cases}):
         return prepare(labelled, settings), True, []
     own = [case for case in cases if case.name in set(recorded["test"])]
     return prepare(own, settings), False, [case.name for case in labelled if case.name not in known]
@@ -79,8 +84,10 @@ def _is_where_it_was(folder: Path, recorded: dict[str, Any]) -> bool:
     return folder.resolve() == Path(recorded["data_dir"]).resolve()
 
 
-def described(names: Collection[str], recorded: dict[str, Any], folder: Path, foreign: bool) -> str:
-    """What measured cases are to the run whose ``cases.json`` is ``recorded``, in the plural."""
+def described(names: Collection[str], recorded: dict[str, Any] | None, folder: Path, foreign: bool) -> str:
+    """What measured cases are to the run whose ``cases.json`` is ``recorded``, if there is one, in the plural."""
+    if recorded is None:
+        return f"cases of {folder}"
     if not foreign:
         moved = "" if _is_where_it_was(folder, recorded) else f" of the run, now in {folder}"
         what = "held-out cases" if recorded["held_out"] else "unlabelled training cases (images seen, labels never)"
@@ -92,33 +99,40 @@ def described(names: Collection[str], recorded: dict[str, Any], folder: Path, fo
 
 
 def evaluate(
-    run: Path, data_dir: Path | None = None, stride: tuple[int, int, int] | None = None, units: str = "voxel",
-    device: str = "auto",
+    run: Path | None = None, data_dir: Path | None = None, stride: tuple[int, int, int] | None = None,
+    units: str = "voxel", device: str = "auto", weights: Path | None = None, config: Config | None = None,
 ) -> tuple[Rows, str]:
-    """Metrics per case of the student of the folder ``run``, and what the cases are to it.
+    """Metrics per case of the student of the folder ``run``, and what the cases are to it; or of the file ``weights``.
 
     ``data_dir`` is where the run's data lie now, if it holds cases of all their names, else a folder of which all cases
     with a full label are measured. They are measured as they are prepared for training: on the resampled voxels where
-    the run has ``resample``, at half resolution where it has ``downsample = 2``. Distances are in ``units``, ``voxel``
-    or ``mm``. Raises ``UserError`` where the run or the data cannot be read, no case has a full label, ``stride``
-    exceeds the run's patch, or mm are asked for of HDF5 files, which keep no voxel size.
+    the run has ``resample``, at half resolution where it has ``downsample = 2``; without a run, as ``config`` or a
+    checkpoint of ours given as ``weights`` says. Distances are in ``units``, ``voxel`` or ``mm``. Raises ``UserError``
+    where the network or the data cannot be read, the network has another number of classes than the labels, no case
+    has a full label, ``stride`` exceeds the patch, or mm are asked for of HDF5 files, which keep no voxel size.
     """
-    return _measure(run, data_dir, stride, units, device)[:2]
+    return _measure(run, data_dir, stride, units, device, weights, config)[:2]
 
 
 def _measure(
-    run: Path, data_dir: Path | None, stride: tuple[int, int, int] | None, units: str, device: str
+    run: Path | None, data_dir: Path | None, stride: tuple[int, int, int] | None, units: str, device: str,
+    weights: Path | None, config: Config | None,
 ) -> tuple[Rows, str, dict[str, Any], list[str], list[str]]:
     """:func:`evaluate`, whose the cases are, for the summary, which others were left out, and which of them have no
     full label."""
     where = resolve_device(device)
-    content = checkpoint.read(RunFolder(run).checkpoint, where)
-    config, recorded = checkpoint.config_of(content), RunFolder(run).cases()
-    patch = config.data.patch
+    student, config, stopped = load_network(run, weights, config)
+    if run is None and data_dir is None:
+        raise UserError("--data-dir is missing: the folder of the labelled scans that the weights are measured on")
+    patch, classes = config.data.patch, student.out_conv.out_channels
+    if classes != config.data.class_count:
+        raise UserError(f"the weights have {classes} classes, background included, but labels are read as "
+                        f"{config.data.class_count}: name the values of the {classes - 1} others with --classes")
     if stride is not None and any(s > p for p, s in zip(patch, stride)):
         shown = " x ".join(map(str, patch))
-        raise UserError(f"--stride {','.join(map(str, stride))} exceeds the run's patch of {shown} voxels, and so "
-                        "leaves voxels between the windows: lower it to the patch at most")
+        raise UserError(f"--stride {','.join(map(str, stride))} exceeds the patch of {shown} voxels, and so leaves "
+                        "voxels between the windows: lower it to the patch at most")
+    recorded = None if run is None else RunFolder(run).cases()
     folder = Path(data_dir or recorded["data_dir"])
     if data_dir is None and not folder.is_dir():
         raise UserError(f"the run's data folder {folder} does not exist: if it has moved, say where to with --data-dir")
@@ -127,7 +141,7 @@ def _measure(
     if units == "mm" and bare:
         raise UserError(f"--units mm: {bare[0].case.image} is preprocessed HDF5, which keeps no voxel size: leave it "
                         "out, to measure in voxels")
-    student = load_student(content, where)
+    student.to(where, memory_format=torch.channels_last_3d)
     rows = evaluate_cases(
         student, cases, config, stride or window_stride(patch), resolve_amp(config.training.amp, where),
         spacing=units == "mm",
@@ -135,7 +149,7 @@ def _measure(
     meaning = described(rows, recorded, folder, foreign)
     if not rows:
         raise UserError(f"nothing to measure: of the {len(cases)} {meaning}, none has a full label")
-    if stopped := checkpoint.stopped(content):
+    if stopped:
         meaning += f"; {stopped}"
     if grid := measured_grid(config.data):
         meaning += f"; on {grid}"
@@ -146,7 +160,8 @@ def _measure(
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     given = parse(arguments)
-    run, out, stride = given.pop("run"), given.pop("out"), given.pop("stride")
+    config = take_preset(given, READING)
+    run, weights, out, stride = (given.pop(name) for name in ("run", "weights", "out", "stride"))
     if stride is not None:
         try:
             stride = tuple(int(part) for part in stride.split(","))
@@ -154,12 +169,12 @@ def main(arguments: list[str] | None = None) -> None:
             stride = ()
         if len(stride) != 3 or min(stride) < 1:
             raise UserError("--stride needs three voxel counts of at least 1, like 18,18,4")
-    out = out or run / "evaluation.csv"
-    if out.suffix.lower() == ".json":
+    if out is not None and out.suffix.lower() == ".json":
         raise UserError(f"--out {out} is the name of the summary beside the table of metrics: name the table, "
                         f"{out.with_suffix('.csv')}")
     console = Console()
-    rows, meaning, whose, left_out, bare = _measure(run, stride=stride, **given)
+    rows, meaning, whose, left_out, bare = _measure(run, weights=weights, config=config, stride=stride, **given)
+    out = out or (run / "evaluation.csv" if weights is None else weights.with_suffix(".csv"))
     print_metrics(console, f"{len(rows)} {meaning}", rows, given["units"])
     if bare:
         say(console, f"not measured: {len(bare)} cases without a full label, one that shows two slices at least "
@@ -173,8 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_summary(out.with_suffix(".json"), rows, measured=meaning, units=given["units"], **whose)
     except OSError as error:
         raise UserError(f"the metrics cannot be written to {out} ({error.strerror}): name another --out") from error
-    labels = run / "registration_labels.csv"
-    if labels.exists():
+    if weights is None and (labels := run / "registration_labels.csv").exists():
         with labels.open(newline="") as file:
             annotated = {row.pop("case"): {name: float(v) for name, v in row.items()} for row in csv.DictReader(file)}
         say(console, f"registration labels of {len(annotated)} annotated training volumes: {dice_line(annotated)}")

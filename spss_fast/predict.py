@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,32 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--overwrite", action="store_true", help="predict again what is there already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--amp", choices=("auto", "bf16", "fp16", "off"), help="mixed precision (default: the run's)")
+    add_preset(parser, PREPARATION)
+    return vars(parser.parse_args(arguments))
+
+
+def add_preset(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """The flags of a preset and of the settings ``names``, for a network that comes without its run."""
     parser.add_argument("--dataset", choices=sorted(PRESETS), help="preset that scans are prepared by, without --run")
     parser.add_argument("--settings", type=Path, metavar="FILE.toml", help="settings that override the preset")
-    cli.add_settings(parser, skip=tuple(name for name in SECTION_OF if name not in PREPARATION))
-    return vars(parser.parse_args(arguments))
+    cli.add_settings(parser, skip=tuple(name for name in SECTION_OF if name not in names))
+
+
+def take_preset(given: dict[str, Any], names: Collection[str]) -> Config | None:
+    """Takes what :func:`add_preset` added out of ``given`` and resolves it; None where no data set is given.
+
+    Raises ``UserError`` where there is a run beside it, or settings without a data set.
+    """
+    settings = {name: given.pop(name) for name in names if name in given}
+    dataset, file = given.pop("dataset"), given.pop("settings")
+    if dataset is not None:
+        if given["run"] is not None:
+            raise UserError("--run brings its own settings: leave out --dataset")
+        return resolve(dataset, settings, file)
+    if settings or file:
+        extra = ", ".join("--" + name.replace("_", "-") for name in settings) or "--settings"
+        raise UserError(f"{extra} changes a preset: add --dataset (a run brings its own settings)")
+    return None
 
 
 def predict(
@@ -153,7 +176,7 @@ def load_network(run: Path | None, weights: Path | None, config: Config | None =
     """The network in evaluation mode, on the CPU, the settings to prepare scans by (see :func:`predict`), and how far
     its training came where that did not end."""
     if run is None and weights is None:
-        raise UserError("no network to predict with: give --run RUN, or --weights FILE")
+        raise UserError("no network: give --run RUN, or --weights FILE")
     if run is not None and config is not None:
         raise UserError("a run brings its own settings: leave out either the run or the settings")
     path = RunFolder(run).checkpoint if run is not None else weights
@@ -229,17 +252,7 @@ def _write(result: Segmentation, paths: dict[str, Path], source: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 where a scan could not be predicted."""
     given = parse(arguments)
-    settings = {name: given.pop(name) for name in PREPARATION if name in given}
-    dataset, file = given.pop("dataset"), given.pop("settings")
-    config = None
-    if dataset is not None:
-        if given["run"] is not None:
-            raise UserError("--run brings its own settings: leave out --dataset")
-        config = resolve(dataset, settings, file)
-    elif settings or file:
-        extra = ", ".join("--" + name.replace("_", "-") for name in settings) or "--settings"
-        raise UserError(f"{extra} changes a preset: add --dataset (a run brings its own settings)")
-    summary = predict(**given, config=config)
+    summary = predict(config=take_preset(given, PREPARATION), **given)
     print(f"{len(summary.written)} predicted, {len(summary.skipped)} there already, {len(summary.bad)} failed; "
           f"label maps in {given['out']}")
     if summary.empty:

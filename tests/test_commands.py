@@ -77,7 +77,7 @@ def test_the_nearest_choice_is_suggested(arguments, meant, capsys):
     (["tran"], "spss-fast: error: argument COMMAND: invalid choice: 'tran' (choose from "),
     (["--versoin"], "spss-fast: error: unknown flag --versoin: did you mean --version?"),
     (["--", "train"], "spss-fast: error: "),
-    (["evaluate"], "spss-fast evaluate: error: the following arguments are required: --run"),
+    (["report"], "spss-fast report: error: the following arguments are required: --run"),
     (["evaluate", "--rum", "x", "--run", "x"], "spss-fast evaluate: error: unknown flag --rum: did you mean --run?"),
     (["report", "--unit", "mm", "--run", "x"], "spss-fast report: error: unknown flag --unit: --help lists them"),
 ])

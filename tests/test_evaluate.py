@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from spss_fast import evaluate, metrics
-from spss_fast.config import resolve
+from spss_fast.config import resolve, to_toml
 from spss_fast.engine.evaluation import evaluate_cases
 from spss_fast.errors import UserError
+from spss_fast.settings import Config
 from tests.data.writing import ball, write_image
 from tests.engine.thresholding import thresholding_weights, write_run
 
@@ -23,11 +25,15 @@ def run(tmp_path) -> Path:
     """A run that finds the ball, whose label lies two slices higher."""
     write_image(tmp_path / "scans" / "a.nii.gz", FOUND - 0.5, SPACING)
     write_image(tmp_path / "scans" / "a_seg.nii.gz", LABEL, SPACING)
-    flags = {"patch": (32, 32, 16), "amp": "off", "device": "cpu", "workers": 1, "cache_dir": str(tmp_path / "cache")}
-    run = write_run(tmp_path / "run", resolve("folder", flags), thresholding_weights(1.5), iteration=1)
+    run = write_run(tmp_path / "run", settings(tmp_path), thresholding_weights(1.5), iteration=1)
     cases = {"data_dir": str(tmp_path / "scans"), "train": [], "test": ["a"], "annotated": {}, "held_out": True}
     (run / "cases.json").write_text(json.dumps(cases))
     return run
+
+
+def settings(folder: Path, **changes) -> Config:
+    flags = {"patch": (32, 32, 16), "amp": "off", "device": "cpu", "workers": 1, "cache_dir": str(folder / "cache")}
+    return resolve("folder", flags | changes)
 
 
 @pytest.mark.parametrize("units, spacing", [("voxel", None), ("mm", SPACING)])
@@ -49,7 +55,51 @@ def test_the_stride_that_is_given_reaches_the_windows_and_the_unit_the_summary(r
 
 
 def test_a_stride_beyond_the_patch_is_refused_before_anything_is_prepared(run, tmp_path):
-    said = r"--stride 32,32,17 exceeds the run's patch of 32 x 32 x 16 voxels.*lower it"
+    said = r"--stride 32,32,17 exceeds the patch of 32 x 32 x 16 voxels.*lower it"
     with pytest.raises(UserError, match=said):
         evaluate.main(["--run", str(run), "--stride", "32,32,17"])
     assert not (tmp_path / "cache").exists()
+
+
+def test_weights_without_a_run_are_measured_on_all_that_has_a_full_label(run, tmp_path, capsys):
+    """As the run's own student is, by the settings that are given or, of a checkpoint of ours, by its own."""
+    weights, file, scans = tmp_path / "w.pth", tmp_path / "settings.toml", tmp_path / "scans"
+    torch.save({"net": thresholding_weights(1.5)}, weights)
+    file.write_text(to_toml(settings(tmp_path)))
+    write_image(scans / "b.nii.gz", FOUND, SPACING)
+    expected = evaluate.evaluate(run)[0]
+    assert expected["a"]["dice"] > 0.5
+    rows, meaning = evaluate.evaluate(weights=weights, config=settings(tmp_path), data_dir=scans)
+    assert rows == expected and meaning == f"cases of {scans}"
+    rows, meaning = evaluate.evaluate(weights=run / "checkpoints" / "last.pt", data_dir=scans)
+    assert rows == expected and meaning == f"cases of {scans}; training stopped at iteration 1 of 6000"
+    evaluate.main(["--weights", str(weights), "--dataset", "folder", "--settings", str(file), "--data-dir", str(scans)])
+    assert f"1 cases of {scans}" in "".join(capsys.readouterr().out.splitlines())
+    assert json.loads(weights.with_suffix(".json").read_text())["foreign"]
+    assert "a" in weights.with_suffix(".csv").read_text()
+
+
+def test_other_weights_are_measured_as_a_run_is_and_leave_its_own_metrics_alone(run, tmp_path):
+    weights, out = tmp_path / "other.pth", run / "evaluation.csv"
+    torch.save(thresholding_weights(50.0), weights)
+    evaluate.main(["--run", str(run)])
+    before = out.read_text()
+    evaluate.main(["--run", str(run), "--weights", str(weights)])
+    assert out.read_text() == before != weights.with_suffix(".csv").read_text()
+    assert json.loads(weights.with_suffix(".json").read_text())["measured"] == "held-out cases"
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "no network: give --run RUN, or --weights FILE"),
+    (["--weights", "w.pth"], r"w\.pth does not say how scans are prepared: add --run, or --dataset"),
+    (["--weights", "w.pth", "--dataset", "folder"], "--data-dir is missing: the folder of the labelled scans"),
+    (["--weights", "w.pth", "--dataset", "folder", "--classes", "3,5,7", "--data-dir", "scans"],
+     "the weights have 3 classes, background included, but labels are read as 4: name the values of the 2 others"),
+    (["--weights", "w.pth", "--data-dir", "scans", "--patch", "32,32,32"], "--patch changes a preset: add --dataset"),
+    (["--run", "run", "--dataset", "la"], "--run brings its own settings: leave out --dataset"),
+])
+def test_what_weights_need_is_said(flags, said, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(thresholding_weights(0.5, 2.0), "w.pth")
+    with pytest.raises(UserError, match=said):
+        evaluate.main(flags)

@@ -308,7 +308,7 @@ def test_bad_files_are_listed_and_the_others_predicted(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["scans", "out"], "no network to predict with"),
+    (["scans", "out"], "no network: give --run RUN"),
     (["scans", "out", "--run", "nowhere"], "/nowhere: give the folder of a training, its --out"),
     (["scans", "out", "--weights", "none.pth"], "no weights at none.pth"),
     (["scans", "out", "--run", "run", "--dataset", "la"], "--run brings its own settings"),
