@@ -53,8 +53,9 @@ def warn_of_slow_code() -> None:
          "ones")
 
 
-def has_cuda(torch, cuda_home: str | None) -> bool:
-    """Whether the CUDA operators can be built: torch's CUDA and nvcc must be of one major version."""
+def has_cuda(torch, cuda_home: str | None, include_paths) -> bool:
+    """Whether the CUDA operators can be built: torch's CUDA and nvcc must be of one major version, and CUDA's headers
+    where torch looks for them."""
     if torch.version.cuda is None:
         return False
     nvcc = os.path.join(cuda_home or "", "bin", "nvcc")
@@ -66,13 +67,17 @@ def has_cuda(torch, cuda_home: str | None) -> bool:
     if release is None or release.group(1) != torch.version.cuda.split(".")[0]:
         note(f"CUDA operators left out: torch has CUDA {torch.version.cuda}, {nvcc} is of another major version")
         return False
+    if not compiles("#include <cuda_runtime_api.h>", *(f"-I{folder}" for folder in include_paths("cuda"))):
+        note(f"CUDA operators left out: {cuda_home}, where the nvcc on PATH lies, does not have CUDA's headers; set "
+             "CUDA_HOME to the toolkit's folder, and install again")
+        return False
     return True
 
 
 def extension() -> dict:
     try:
         import torch
-        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
     except ImportError:
         note("no torch at build time, so a pure-Python package; use pip install --no-build-isolation with torch there")
         return {}
@@ -81,7 +86,7 @@ def extension() -> dict:
         return {}
     warn_of_slow_code()
     openmp = threads()
-    cuda = has_cuda(torch, CUDA_HOME)
+    cuda = has_cuda(torch, CUDA_HOME, include_paths)
     sources = glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp")
     if cuda:
         sources += glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu")
