@@ -89,7 +89,8 @@ def take_preset(given: dict[str, Any], names: Collection[str]) -> Config | None:
         return resolve(dataset, settings, file)
     if settings or file:
         extra = ", ".join("--" + name.replace("_", "-") for name in settings) or "--settings"
-        raise UserError(f"{extra} changes a preset: add --dataset (a run brings its own settings)")
+        mend = "add --dataset" if given["run"] is None else "leave it out, a run brings its own settings"
+        raise UserError(f"{extra} changes a preset: {mend}")
     return None
 
 

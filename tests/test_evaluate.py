@@ -75,8 +75,9 @@ def test_weights_without_a_run_are_measured_on_all_that_has_a_full_label(run, tm
     assert rows == expected and meaning == f"cases of {scans}; training stopped at iteration 1 of 6000"
     evaluate.main(["--weights", str(weights), "--dataset", "folder", "--settings", str(file), "--data-dir", str(scans)])
     assert f"1 cases of {scans}" in "".join(capsys.readouterr().out.splitlines())
-    assert json.loads(weights.with_suffix(".json").read_text())["foreign"]
-    assert "a" in weights.with_suffix(".csv").read_text()
+    about = json.loads((tmp_path / "w.evaluation.json").read_text())
+    assert about["foreign"] and about["weights"] == str(weights)
+    assert "a" in (tmp_path / "w.evaluation.csv").read_text()
 
 
 def test_other_weights_are_measured_as_a_run_is_and_leave_its_own_metrics_alone(run, tmp_path):
@@ -85,8 +86,9 @@ def test_other_weights_are_measured_as_a_run_is_and_leave_its_own_metrics_alone(
     evaluate.main(["--run", str(run)])
     before = out.read_text()
     evaluate.main(["--run", str(run), "--weights", str(weights)])
-    assert out.read_text() == before != weights.with_suffix(".csv").read_text()
-    assert json.loads(weights.with_suffix(".json").read_text())["measured"] == "held-out cases"
+    assert out.read_text() == before != (tmp_path / "other.evaluation.csv").read_text()
+    measured = json.loads((tmp_path / "other.evaluation.json").read_text())["measured"]
+    assert measured == f"held-out cases; with other weights than the run's, {weights}"
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -94,12 +96,25 @@ def test_other_weights_are_measured_as_a_run_is_and_leave_its_own_metrics_alone(
     (["--weights", "w.pth"], r"w\.pth does not say how scans are prepared: add --run, or --dataset"),
     (["--weights", "w.pth", "--dataset", "folder"], "--data-dir is missing: the folder of the labelled scans"),
     (["--weights", "w.pth", "--dataset", "folder", "--classes", "3,5,7", "--data-dir", "scans"],
-     "the weights have 3 classes, background included, but labels are read as 4: name the values of the 2 others"),
+     "have 3 classes, background included, but labels are read as 4: name the 2 others' values with --classes"),
+    (["--weights", "two.pth", "--dataset", "folder", "--classes", "3,5", "--data-dir", "scans"],
+     "have 2 classes, background included, but labels are read as 3: leave --classes out"),
     (["--weights", "w.pth", "--data-dir", "scans", "--patch", "32,32,32"], "--patch changes a preset: add --dataset"),
     (["--run", "run", "--dataset", "la"], "--run brings its own settings: leave out --dataset"),
+    (["--run", "run", "--weights", "w.pth", "--classes", "3,5"], "--classes changes a preset: leave it out, a run"),
+    (["--weights", "two.pth", "--dataset", "kits", "--data-dir", "scans"], "kits"),
+    (["--weights", "two.pth", "--dataset", "folder", "--data-dir", "bare"], "no case of bare has a label"),
+    (["--weights", "text.pth", "--dataset", "folder", "--data-dir", "scans"], r"cannot read the checkpoint text\.pth"),
+    (["--run", "run", "--out", "w.pth"], r"--out w\.pth is to be the table of metrics.*name it w\.csv"),
+    (["--run", "run", "--out", "none/w.csv"], r"cannot be written to none/w\.csv: name another --out"),
 ])
 def test_what_weights_need_is_said(flags, said, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(thresholding_weights(0.5, 2.0), "w.pth")
+    torch.save(thresholding_weights(0.5), "two.pth")
+    Path("text.pth").write_text("this is no network")
+    write_image(Path("bare") / "a.nii.gz", FOUND, SPACING)
+    before = sorted(tmp_path.rglob("*.*"))
     with pytest.raises(UserError, match=said):
         evaluate.main(flags)
+    assert sorted(tmp_path.rglob("*.*")) == before

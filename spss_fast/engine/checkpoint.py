@@ -36,7 +36,8 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     except FileNotFoundError as error:
         run = Path(path).parent.parent
         raise no_run(run, str(Path(path).relative_to(run))) from error
-    except pickle.UnpicklingError as error:
+    # the last three are what the unpickler raises over text
+    except (pickle.UnpicklingError, LookupError, ValueError, TypeError) as error:
         raise UserError(f"cannot read the checkpoint {path}: it is damaged, or pickles more than tensors and plain "
                         "values, which are all that is ever loaded (save a state_dict)") from error
     except (OSError, RuntimeError, EOFError) as error:

@@ -14,6 +14,7 @@ import setuptools
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.cpp_extension import include_paths
 
 from spss_fast.ops import backend, backends, fill_holes, propagate, warp
 from spss_fast.ops.backends import BACKENDS, PARTS, TABLE, active, available
@@ -183,10 +184,31 @@ def test_the_build_says_that_it_leaves_the_cuda_operators_out(home, monkeypatch,
     has_cuda = runpy.run_path(str(SETUP))["has_cuda"]
     capsys.readouterr()
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert not has_cuda(torch, home) and capsys.readouterr().err == ""  # a CPU build of torch: nothing is missing
+    # a CPU build of torch: nothing is missing
+    assert not has_cuda(torch, home, include_paths) and capsys.readouterr().err == ""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert not has_cuda(torch, home)
+    assert not has_cuda(torch, home, include_paths)
     assert "CUDA operators left out: no nvcc; put that of CUDA 13.0 on PATH" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+def test_the_build_looks_for_the_headers_of_cuda(monkeypatch, tmp_path, capsys):
+    """An nvcc on PATH may be a script that calls one elsewhere; torch takes the folder above it for the toolkit's."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CPATH", raising=False)
+    has_cuda = runpy.run_path(str(SETUP))["has_cuda"]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    nvcc, headers = tmp_path / "bin" / "nvcc", tmp_path / "include"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.0, V13.0.48\n")
+    nvcc.chmod(0o755)
+    headers.mkdir()
+    capsys.readouterr()
+    assert not has_cuda(torch, str(tmp_path), lambda device: [str(headers)])
+    assert f"{tmp_path}, where the nvcc on PATH lies, does not have CUDA's headers" in capsys.readouterr().err
+    (headers / "cuda_runtime_api.h").touch()
+    assert has_cuda(torch, str(tmp_path), lambda device: [str(headers)]) and capsys.readouterr().err == ""
 
 
 @pytest.mark.skipif(shutil.which("g++") is None or platform.machine() != "x86_64", reason="needs g++ on x86-64")
