@@ -153,7 +153,7 @@ def _measure(
     )
     meaning = described(rows, recorded, folder, foreign)
     if not cases:
-        raise UserError(f"nothing to measure: no case of {folder} has a label")
+        raise UserError(f"nothing to measure: no case of {folder} has a full label")
     if not rows:
         raise UserError(f"nothing to measure: of the {len(cases)} {meaning}, none has a full label")
     if run is not None and weights is not None:

@@ -103,7 +103,7 @@ def test_other_weights_are_measured_as_a_run_is_and_leave_its_own_metrics_alone(
     (["--run", "run", "--dataset", "la"], "--run brings its own settings: leave out --dataset"),
     (["--run", "run", "--weights", "w.pth", "--classes", "3,5"], "--classes changes a preset: leave it out, a run"),
     (["--weights", "two.pth", "--dataset", "kits", "--data-dir", "scans"], "kits"),
-    (["--weights", "two.pth", "--dataset", "folder", "--data-dir", "bare"], "no case of bare has a label"),
+    (["--weights", "two.pth", "--dataset", "folder", "--data-dir", "bare"], "no case of bare has a full label"),
     (["--weights", "text.pth", "--dataset", "folder", "--data-dir", "scans"], r"cannot read the checkpoint text\.pth"),
     (["--run", "run", "--out", "w.pth"], r"--out w\.pth is to be the table of metrics.*name it w\.csv"),
     (["--run", "run", "--out", "none/w.csv"], r"cannot be written to none/w\.csv: name another --out"),

@@ -480,7 +480,7 @@ def test_evaluate_names_what_is_missing(tmp_path):
         evaluate.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="three voxel counts"):
         evaluate.main(["--run", str(tmp_path), "--stride", "4,4"])
-    with pytest.raises(UserError, match=r"x\.json is the name of the summary .* name the table, .*x\.csv"):
+    with pytest.raises(UserError, match=r"x\.json is to be the table of metrics, .* name it .*x\.csv"):
         evaluate.main(["--run", str(tmp_path), "--out", str(tmp_path / "x.json")])
     with pytest.raises(UserError, match=r"cannot read .*cases\.json .*: copy a run folder whole"):
         RunFolder(tmp_path).cases()
