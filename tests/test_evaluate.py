@@ -31,9 +31,9 @@ def run(tmp_path) -> Path:
     return run
 
 
-def settings(folder: Path, **changes) -> Config:
+def settings(folder: Path) -> Config:
     flags = {"patch": (32, 32, 16), "amp": "off", "device": "cpu", "workers": 1, "cache_dir": str(folder / "cache")}
-    return resolve("folder", flags | changes)
+    return resolve("folder", flags)
 
 
 @pytest.mark.parametrize("units, spacing", [("voxel", None), ("mm", SPACING)])
