@@ -27,10 +27,9 @@ from spss_fast.engine.evaluation import (
     write_summary,
 )
 from spss_fast.engine.run_folder import RunFolder
-from spss_fast.engine.weights import build_network
+from spss_fast.engine.weights import load_network
 from spss_fast.errors import UserError, some
-from spss_fast.nets.vnet import VNet
-from spss_fast.predict import PREPARATION, add_preset, load_network, take_preset
+from spss_fast.predict import PREPARATION, add_preset, take_preset
 from spss_fast.settings import Config, DataSettings
 
 DESCRIPTION = """Dice, Jaccard, 95% Hausdorff distance and average surface distance of a run's student: on the run's
@@ -55,11 +54,6 @@ def parse(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     add_preset(parser, READING)
     return vars(parser.parse_args(arguments))
-
-
-def load_student(content: dict[str, Any], device: torch.device) -> VNet:
-    """The student of a checkpoint, ready for inference."""
-    return build_network(content["student"], "the checkpoint").to(device, memory_format=torch.channels_last_3d)
 
 
 def cases_to_measure(

@@ -31,8 +31,8 @@ from spss_fast.engine import checkpoint
 from spss_fast.engine.evaluation import window_stride
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.run_folder import RunFolder
+from spss_fast.engine.weights import load_student
 from spss_fast.errors import UserError
-from spss_fast.evaluate import load_student
 from spss_fast.nets.vnet import VNet
 from spss_fast.settings import Config
 

@@ -20,12 +20,10 @@ from spss_fast.console import say
 from spss_fast.data.images import ending
 from spss_fast.data.inputs import find_inputs, output_paths, refuse_clashes
 from spss_fast.data.output import write_like
-from spss_fast.engine import checkpoint
 from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.prediction import Options, Segmentation, segment
 from spss_fast.engine.progress import Progress
-from spss_fast.engine.run_folder import RunFolder
-from spss_fast.engine.weights import build_network, fingerprint, read_weights, state_dict_of
+from spss_fast.engine.weights import fingerprint, load_network
 from spss_fast.errors import UserError, some
 from spss_fast.files import atomically, refuse_among_scans, write_json
 from spss_fast.nets.vnet import VNet
@@ -171,26 +169,6 @@ def predict(
             seconds = time.monotonic() - started
             progress.update(done, f"{case.name} {result.volume_ml():.1f} ml in {seconds:.1f} s")
     return summary
-
-
-def load_network(run: Path | None, weights: Path | None, config: Config | None = None) -> tuple[VNet, Config, str]:
-    """The network in evaluation mode, on the CPU, the settings to prepare scans by (see :func:`predict`), and how far
-    its training came where that did not end."""
-    if run is None and weights is None:
-        raise UserError("no network: give --run RUN, or --weights FILE")
-    if run is not None and config is not None:
-        raise UserError("a run brings its own settings: leave out either the run or the settings")
-    path = RunFolder(run).checkpoint if run is not None else weights
-    content = checkpoint.read(path) if run is not None else read_weights(path)
-    if run is not None or (config is None and "student" in content and "config" in content):
-        config = checkpoint.config_of(content)
-    if config is None:
-        raise UserError(f"{weights} does not say how scans are prepared: add --run, or --dataset for a preset's way")
-    if weights is not None and run is not None:
-        path, content = weights, read_weights(weights)
-    # weights alone do not say
-    stopped = checkpoint.stopped(content) if {"student", "config", "iteration"} <= content.keys() else ""
-    return build_network(state_dict_of(content, path), path), config, stopped
 
 
 def _record(network: VNet, config: Config, options: Options) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from spss_fast.data.phantom import write_phantoms
 from spss_fast.engine import checkpoint
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.step import State
+from spss_fast.engine.weights import load_student
 from spss_fast.errors import UserError
-from spss_fast.evaluate import load_student
 from spss_fast.nets.vnet import VNet
 from tests.data.writing import to_source, write_la
 from tests.test_docs import blocks

@@ -18,6 +18,7 @@ from spss_fast.config import resolve
 from spss_fast.data.geometry import Grid, to_image
 from spss_fast.data.images import read_grid
 from spss_fast.engine.prediction import segment
+from spss_fast.engine.weights import load_network
 from spss_fast.errors import UserError
 from tests.data.test_preparation import read_file_order, synthetic_ct
 from tests.data.writing import ball, write_image, write_la, write_series
@@ -246,7 +247,7 @@ def test_weights_and_settings_that_are_given_come_before_the_runs_own(run, tmp_p
     own, other = (read_file_order(tmp_path / name / "a.nrrd") for name in ("own", "other"))
     assert (other >= own).all() and other.sum() > own.sum()  # of the lower threshold
     config = resolve("folder", SMALL | {"window": (0, 100)})
-    assert predict.load_network(None, run / "checkpoints" / "last.pt", config)[1] is config
+    assert load_network(None, run / "checkpoints" / "last.pt", config)[1] is config
 
 
 def test_a_run_whose_training_stopped_is_said_to_be_one(run, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Weights of a V-Net from a file: this project's checkpoints and this literature's, of which only tensors are read."""
+"""A trained V-Net from a file: this project's checkpoints and this literature's, of which only tensors are read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from spss_fast.engine import checkpoint
+from spss_fast.engine.run_folder import RunFolder
 from spss_fast.errors import UserError
 from spss_fast.nets.vnet import VNet
+from spss_fast.settings import Config
 
 # where published checkpoints keep the network beside optimizers and clocks; ours keeps the student
 WRAPPERS = ("student", "state_dict", "net", "model", "model_state_dict")
@@ -86,6 +88,35 @@ def build_network(tensors: dict[str, Tensor], origin: Path | str) -> VNet:
                         "earlier checkpoint")
     network.load_state_dict(own | tensors)
     return network.eval()
+
+
+def load_student(content: dict[str, Any], device: torch.device) -> VNet:
+    """The student of a checkpoint, ready for inference."""
+    return build_network(content["student"], "the checkpoint").to(device, memory_format=torch.channels_last_3d)
+
+
+def load_network(run: Path | None, weights: Path | None, config: Config | None = None) -> tuple[VNet, Config, str]:
+    """The V-Net of the file ``weights``, else the student of the folder ``run``, in evaluation mode, on the CPU; the
+    settings that scans are prepared by, those of the run or of our checkpoint where ``config`` is not given; and how
+    far its training came, in words, where that did not end.
+
+    Raises ``UserError`` where one of them is missing or cannot be read, or both a run and ``config`` are given.
+    """
+    if run is None and weights is None:
+        raise UserError("no network: give --run RUN, or --weights FILE")
+    if run is not None and config is not None:
+        raise UserError("a run brings its own settings: leave out either the run or the settings")
+    path = RunFolder(run).checkpoint if run is not None else weights
+    content = checkpoint.read(path) if run is not None else read_weights(path)
+    if run is not None or (config is None and "student" in content and "config" in content):
+        config = checkpoint.config_of(content)
+    if config is None:
+        raise UserError(f"{weights} does not say how scans are prepared: add --run, or --dataset for a preset's way")
+    if weights is not None and run is not None:
+        path, content = weights, read_weights(weights)
+    # weights alone do not say
+    stopped = checkpoint.stopped(content) if {"student", "config", "iteration"} <= content.keys() else ""
+    return build_network(state_dict_of(content, path), path), config, stopped
 
 
 def fingerprint(network: VNet) -> str:

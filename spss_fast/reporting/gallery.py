@@ -23,8 +23,8 @@ from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.progress import Progress
 from spss_fast.engine.pseudo_labels import fuse, registration_labels
 from spss_fast.engine.registration import neighbour_flows
+from spss_fast.engine.weights import load_student
 from spss_fast.errors import UserError
-from spss_fast.evaluate import load_student
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import teacher_of
 from spss_fast.ops.uncertainty import uncertainty_mask
