@@ -171,7 +171,8 @@ inline void check_batch_norm_relu(
 }
 
 inline void check_convolve(const Tensor& x, const Tensor& weight) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, not ", x.scalar_type());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+                   "x must be float32 or bfloat16, not ", x.scalar_type());
   TORCH_CHECK_VALUE(x.dim() == 5, "x must be (B, C, H, W, D), not ", x.sizes());
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(

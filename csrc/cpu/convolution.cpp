@@ -1,429 +1,49 @@
-// 3 x 3 x 3 convolution of float32 maps with as many channels out as in, by the minimal filtering F(2 x 2 x 2, 3 x 3 x 3)
-// of Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016: a tile of eight outputs costs 64
-// products a pair of channels in place of 216, and its sums are as exact as those of a direct convolution.
-//
-// Maps lie channels last, so that a vector holds eight channels of a voxel. Blocks of tiles that fit into the second-level
-// cache go through data transform, 64 matrix products and inverse transform. The gradient of the input is the convolution
-// with the filter reversed and its channels exchanged; that of the filter is made of the adjoint transforms.
+// convolve: the 3 x 3 x 3 convolution of float32 and bfloat16 maps, the former by what is here.
 #include "cpu/multiarch.h"
 
 #if SPSS_HAS_FMA  // without it oneDNN, which compiles for the machine, is faster
 
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
-
-#include <algorithm>
-#include <type_traits>
-#include <vector>
+#include <ATen/core/Tensor.h>
 
 #include "checks.h"
-#include "cpu/memory.h"
 #include "cpu/operators.h"
-
-// Products need not be rounded before they are added.
-#pragma GCC optimize("fp-contract=fast")
-
-#define SPSS_INLINE inline __attribute__((always_inline))
-#define SPSS_UNROLL _Pragma("GCC unroll 64")
+#include "cpu/vectors.h"
 
 namespace spss {
 namespace {
 
-constexpr int kLanes = 8;
-constexpr int kPoints = 64;  // of the transforms: 4 along each axis
-constexpr int kPart = 16;    // longest run of tiles that share their data transform along the last axis
+using Element = float;
+using Factor = float;
+using Row = Vector;
+constexpr int kGroup = 1;
+constexpr int kSums = 12;
+constexpr int kAtOnce = 1;
 
-using Vector = float __attribute__((vector_size(4 * kLanes)));
-using Unaligned = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-
-#define SPSS_LOAD(from) (*reinterpret_cast<const Unaligned*>(from))
-#define SPSS_STORE(to, value) (*reinterpret_cast<Unaligned*>(to) = (value))
-
-// A transform along one axis, in place where there is room, and its adjoint.
-
-SPSS_INLINE void transform_data(Vector& a, Vector& b, Vector& c, Vector& d) {
-  const Vector old = b;
-  a -= c, d = b - d, b += c, c -= old;
-}
-
-SPSS_INLINE void transform_filter(Vector& a, Vector& b, Vector& c, Vector& d) {  // three taps to four points
-  const Vector even = 0.5f * (a + c), odd = 0.5f * b;
-  d = c, b = even + odd, c = even - odd;
-}
-
-SPSS_INLINE void transform_filter_adjoint(Vector& a, Vector& b, Vector& c, Vector& d) {  // four points to three taps
-  const Vector even = 0.5f * (b + c);
-  b = 0.5f * (b - c), a += even, c = even + d;
-}
-
-SPSS_INLINE void transform_outputs(Vector& a, Vector& b, Vector& c, Vector& d) {  // four points to two outputs
-  a += b + c, b = b - c - d;
-}
-
-SPSS_INLINE void transform_outputs_adjoint(Vector& a, Vector& b, Vector& c, Vector& d) {
-  d = -b, c = a - b, b += a;
-}
-
-// Tiles of 2 x 2 x 2 outputs; a part is a run of them along the last axis.
-struct Part {
-  int64_t volume, i, j, k, count;  // of its first tile, along each axis; tiles
-};
-
-struct Tiles {
-  int64_t batch, h, w, d;         // voxels
-  int64_t rows, columns, length;  // tiles
-  int64_t parts, most;            // along the last axis; tiles of the longest
-
-  explicit Tiles(const at::Tensor& x) : batch(x.size(0)), h(x.size(2)), w(x.size(3)), d(x.size(4)) {
-    rows = (h + 1) / 2, columns = (w + 1) / 2, length = (d + 1) / 2;
-    parts = (length + kPart - 1) / kPart;
-    most = (length + parts - 1) / parts;
-  }
-
-  int64_t count() const { return batch * rows * columns * parts; }
-
-  Part operator[](int64_t i) const {
-    const int64_t k = i % parts * most, row = i / parts;
-    return {row / columns / rows, row / columns % rows, row % columns, k, std::min(most, length - k)};
-  }
-
-  // Where the voxels (i, j, :) of a volume begin, in voxels; -1 outside.
-  int64_t line(int64_t volume, int64_t i, int64_t j) const {
-    return i < 0 || i >= h || j < 0 || j >= w ? -1 : ((volume * h + i) * w + j) * d;
-  }
-};
-
-// What a thread works on: a block of at most kTiles tiles, (points, tiles, channels), the points a little apart so that
-// they do not fall into the same sets of a cache.
-template <int C> constexpr int64_t kTiles = C < 32 ? 48 : 24;
-template <int C> constexpr int64_t kStride = kTiles<C> * C + 16;
-
-template <int C>
-struct Block {
-  std::vector<float> first = std::vector<float>(kPoints * kStride<C>), second = first;
-  std::vector<float> scratch = std::vector<float>((2 * kPart + 2) * 16 * kLanes);
-  std::vector<float> outside;  // a line of zeros
-
-  explicit Block(const Tiles& tiles) : outside(tiles.d * C) {}
-};
-
-// The parts go to `first` and `second` of a block one after the other: body(part, its first tile in the block).
-template <int C, class Body>
-int64_t each_part(const Tiles& tiles, int64_t begin, int64_t end, Body body) {
-  int64_t filled = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    const Part part = tiles[i];
-    body(part, filled * C);
-    filled += part.count;
-  }
-  return filled;
-}
-
-// Transforms along the first two axes voxel by voxel, of which two tiles share two, then along the third.
-template <int C>
-SPSS_MULTIARCH void data_of(const float* x, const Tiles& tiles, const Part& part, const float* outside, float* scratch,
-                            float* out) {
-  const float* lines[16];
-  for (int q = 0; q < 16; ++q) {
-    const int64_t line = tiles.line(part.volume, 2 * part.i + q / 4 - 1, 2 * part.j + q % 4 - 1);
-    lines[q] = line < 0 ? outside : x + line * C;
-  }
-  for (int64_t c = 0; c < C; c += kLanes) {
-    for (int64_t p = 0; p < 2 * part.count + 2; ++p) {
-      const int64_t k = 2 * part.k + p - 1, place = k * C + c;
-      float* to = scratch + p * 16 * kLanes;
-      if (k < 0 || k >= tiles.d) {
-        std::fill_n(to, 16 * kLanes, 0.f);
-        continue;
-      }
-      Vector v[16];
-      SPSS_UNROLL for (int q = 0; q < 16; ++q) v[q] = SPSS_LOAD(lines[q] + place);
-      // the lines that the next column of tiles will read, too short for the hardware to guess; past the end no harm is
-      // done
-      SPSS_UNROLL for (int q = 2; q < 16; q += q % 4 == 3 ? 3 : 1) __builtin_prefetch(lines[q] + place + 2 * tiles.d * C);
-      SPSS_UNROLL for (int i = 0; i < 4; ++i) transform_data(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
-      SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_data(v[j], v[4 + j], v[8 + j], v[12 + j]);
-      SPSS_UNROLL for (int q = 0; q < 16; ++q) SPSS_STORE(to + q * kLanes, v[q]);
-    }
-    for (int64_t t = 0; t < part.count; ++t) {
-      const float* from = scratch + t * 32 * kLanes;
-      float* to = out + t * C + c;
-      for (int q = 0; q < 16; ++q, from += kLanes, to += 4 * kStride<C>) {
-        Vector v[4];
-        SPSS_UNROLL for (int k = 0; k < 4; ++k) v[k] = SPSS_LOAD(from + k * 16 * kLanes);
-        transform_data(v[0], v[1], v[2], v[3]);
-        SPSS_UNROLL for (int k = 0; k < 4; ++k) SPSS_STORE(to + k * kStride<C>, v[k]);
-      }
-    }
-  }
-}
-
-template <int C>
-SPSS_MULTIARCH void outputs_of(const float* points, const Tiles& tiles, const Part& part, float* y) {
-  for (int64_t t = 0; t < part.count; ++t) {
-    for (int64_t c = 0; c < C; c += kLanes) {
-      const float* from = points + t * C + c;
-      Vector planes[4][4];  // points along the first axis; outputs along the second and third
-      SPSS_UNROLL for (int i = 0; i < 4; ++i) {
-        Vector v[16];
-        SPSS_UNROLL for (int q = 0; q < 16; ++q) v[q] = SPSS_LOAD(from + (16 * i + q) * kStride<C>);
-        SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_outputs(v[4 * j], v[4 * j + 1], v[4 * j + 2], v[4 * j + 3]);
-        SPSS_UNROLL for (int k = 0; k < 2; ++k) {
-          transform_outputs(v[k], v[4 + k], v[8 + k], v[12 + k]);
-          planes[i][k] = v[k], planes[i][2 + k] = v[4 + k];
-        }
-      }
-      SPSS_UNROLL for (int q = 0; q < 4; ++q) {
-        transform_outputs(planes[0][q], planes[1][q], planes[2][q], planes[3][q]);
-        const int64_t k = 2 * (part.k + t) + q % 2;
-        SPSS_UNROLL for (int i = 0; i < 2; ++i) {
-          const int64_t line = tiles.line(part.volume, 2 * part.i + i, 2 * part.j + q / 2);
-          if (line >= 0 && k < tiles.d) SPSS_STORE(y + (line + k) * C + c, planes[i][q]);
-        }
-      }
-    }
-  }
-}
-
-template <int C>
-SPSS_MULTIARCH void outputs_adjoint(const float* grad, const Tiles& tiles, const Part& part, const float* outside,
-                                    float* out) {
-  const float* lines[4];
-  for (int q = 0; q < 4; ++q) {
-    const int64_t line = tiles.line(part.volume, 2 * part.i + q / 2, 2 * part.j + q % 2);
-    lines[q] = line < 0 ? outside : grad + line * C;
-  }
-  for (int64_t t = 0; t < part.count; ++t) {
-    for (int64_t c = 0; c < C; c += kLanes) {
-      float along[2][16 * kLanes];
-      for (int p = 0; p < 2; ++p) {
-        const int64_t k = 2 * (part.k + t) + p;
-        if (k >= tiles.d) {
-          std::fill_n(along[p], 16 * kLanes, 0.f);
-          continue;
-        }
-        Vector v[16];
-        SPSS_UNROLL for (int q = 0; q < 4; ++q) v[4 * (q / 2) + q % 2] = SPSS_LOAD(lines[q] + k * C + c);
-        SPSS_UNROLL for (int i = 0; i < 2; ++i)
-          transform_outputs_adjoint(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
-        SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_outputs_adjoint(v[j], v[4 + j], v[8 + j], v[12 + j]);
-        SPSS_UNROLL for (int q = 0; q < 16; ++q) SPSS_STORE(along[p] + q * kLanes, v[q]);
-      }
-      float* to = out + t * C + c;
-      for (int q = 0; q < 16; ++q, to += 4 * kStride<C>) {
-        Vector v[4] = {SPSS_LOAD(along[0] + q * kLanes), SPSS_LOAD(along[1] + q * kLanes)};
-        transform_outputs_adjoint(v[0], v[1], v[2], v[3]);
-        SPSS_UNROLL for (int k = 0; k < 4; ++k) SPSS_STORE(to + k * kStride<C>, v[k]);
-      }
-    }
-  }
-}
-
-// (C, 27, C) to (points, C, C), a row of the first axis; `reversed` takes the taps from the last to the first.
-template <int C>
-SPSS_MULTIARCH void filter_of(const float* taps, bool reversed, float* out) {
-  for (int64_t c = 0; c < C; c += kLanes) {
-    Vector v[kPoints];
-    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
-      Vector* line = v + 16 * i + 4 * j;
-      SPSS_UNROLL for (int k = 0; k < 3; ++k) {
-        const int tap = 9 * i + 3 * j + k;
-        line[k] = SPSS_LOAD(taps + (reversed ? 26 - tap : tap) * C + c);
-      }
-      transform_filter(line[0], line[1], line[2], line[3]);
-    }
-    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
-      Vector* line = v + 16 * i + k;
-      transform_filter(line[0], line[4], line[8], line[12]);
-    }
-    SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter(v[q], v[16 + q], v[32 + q], v[48 + q]);
-    for (int q = 0; q < kPoints; ++q) SPSS_STORE(out + q * C * C + c, v[q]);
-  }
-}
-
-template <int C>
-SPSS_MULTIARCH void filter_adjoint(const float* points, float* taps) {
-  for (int64_t c = 0; c < C; c += kLanes) {
-    Vector v[kPoints];
-    for (int q = 0; q < kPoints; ++q) v[q] = SPSS_LOAD(points + q * C * C + c);
-    SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter_adjoint(v[q], v[16 + q], v[32 + q], v[48 + q]);
-    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
-      Vector* line = v + 16 * i + k;
-      transform_filter_adjoint(line[0], line[4], line[8], line[12]);
-    }
-    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
-      Vector* line = v + 16 * i + 4 * j;
-      transform_filter_adjoint(line[0], line[1], line[2], line[3]);
-      SPSS_UNROLL for (int k = 0; k < 3; ++k) SPSS_STORE(taps + (9 * i + 3 * j + k) * C + c, line[k]);
-    }
-  }
-}
-
-// R rows of (tiles, C) by (C, C), of its columns N vectors; all of it in registers.
-template <int C, int R, int N>
-SPSS_INLINE void product(const float* data, const float* filter, float* out) {
-  Vector sums[R][N] = {};
-  for (int64_t c = 0; c < C; ++c) {
-    Vector row[N];
-    SPSS_UNROLL for (int n = 0; n < N; ++n) row[n] = SPSS_LOAD(filter + c * C + n * kLanes);
-    SPSS_UNROLL for (int r = 0; r < R; ++r) {
-      const float factor = data[r * C + c];
-      SPSS_UNROLL for (int n = 0; n < N; ++n) sums[r][n] += factor * row[n];
-    }
-  }
-  SPSS_UNROLL for (int r = 0; r < R; ++r)
-    SPSS_UNROLL for (int n = 0; n < N; ++n) SPSS_STORE(out + r * C + n * kLanes, sums[r][n]);
-}
-
-// Rows are done by the dozen, or half of it: those beyond `tiles` are computed and not read.
-template <int C>
-SPSS_MULTIARCH void products(const float* data, const float* filter, float* out, int64_t tiles) {
-  constexpr int N = C == kLanes ? 1 : 2, R = 12 / N;
-  for (int q = 0; q < kPoints; ++q, data += kStride<C>, out += kStride<C>, filter += C * C)
-    for (int64_t n = 0; n < C; n += N * kLanes)
-      for (int64_t t = 0; t < tiles; t += R) product<C, R, N>(data + t * C, filter + n, out + t * C + n);
-}
-
-// R rows and N vectors of columns of the sum over tiles of data (tiles, C) times gradient (tiles, C).
-template <int C, int R, int N>
-SPSS_INLINE void add_product(const float* data, const float* grad, int64_t tiles, float* sum) {
-  Vector sums[R][N] = {};  // of the block, before they join the thread's: so fewer digits are lost
-  for (int64_t t = 0; t < tiles; ++t, data += C, grad += C) {
-    Vector row[N];
-    SPSS_UNROLL for (int n = 0; n < N; ++n) row[n] = SPSS_LOAD(grad + n * kLanes);
-    SPSS_UNROLL for (int r = 0; r < R; ++r)
-      SPSS_UNROLL for (int n = 0; n < N; ++n) sums[r][n] += data[r] * row[n];
-  }
-  SPSS_UNROLL for (int r = 0; r < R; ++r)
-    SPSS_UNROLL for (int n = 0; n < N; ++n) {
-      float* to = sum + r * C + n * kLanes;
-      SPSS_STORE(to, SPSS_LOAD(to) + sums[r][n]);
-    }
-}
-
-template <int C>
-SPSS_MULTIARCH void add_products(const float* data, const float* grad, int64_t tiles, float* sum) {
-  constexpr int N = C == kLanes ? 1 : 2, R = 8 / N;
-  for (int q = 0; q < kPoints; ++q, data += kStride<C>, grad += kStride<C>, sum += C * C)
-    for (int64_t n = 0; n < C; n += N * kLanes)
-      for (int64_t r = 0; r < C; r += R) add_product<C, R, N>(data + r, grad + n, tiles, sum + r * C + n);
-}
-
-// Parts a block, fewer where there would be threads without one.
-template <int C>
-int64_t parts_a_block(const Tiles& tiles) {
-  const int64_t threads = at::get_num_threads();
-  return std::max<int64_t>(1, std::min(kTiles<C> / tiles.most, (tiles.count() + threads - 1) / threads));
-}
-
-// (points, C, C) of taps (C, 27, C).
-template <int C>
-at::Tensor transformed(const at::Tensor& taps, bool reversed) {
-  at::Tensor out = at::empty({kPoints, C, C}, taps.options());
-  const float* from = taps.data_ptr<float>();
-  float* to = out.data_ptr<float>();
-  at::parallel_for(0, C, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) filter_of<C>(from + c * 27 * C, reversed, to + c * C);
-  });
-  return out;
-}
-
-template <int C>
-at::Tensor filtered(const at::Tensor& x, const at::Tensor& filter) {
-  at::Tensor y = with_huge_pages(at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast3d)));
-  const Tiles tiles(x);
-  const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles);
-  const float *from = x.data_ptr<float>(), *points = filter.data_ptr<float>();
-  float* to = y.data_ptr<float>();
-  at::parallel_for(0, (count + parts - 1) / parts, 1, [&](int64_t first, int64_t last) {
-    Block<C> block(tiles);
-    for (int64_t b = first; b < last; ++b) {
-      const int64_t begin = b * parts, end = std::min(begin + parts, count);
-      const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
-        data_of<C>(from, tiles, part, block.outside.data(), block.scratch.data(), block.first.data() + place);
-      });
-      products<C>(block.first.data(), points, block.second.data(), filled);
-      each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
-        outputs_of<C>(block.second.data() + place, tiles, part, to);
-      });
-    }
-  });
-  return y;
-}
-
-// Taps (C, 27, C). Every thread sums up its own tiles.
-template <int C>
-at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x) {
-  const Tiles tiles(x);
-  const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles), blocks = (count + parts - 1) / parts;
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), blocks);
-  const at::Tensor sums = at::zeros({std::max<int64_t>(threads, 1), kPoints, C, C}, x.options());
-  const float *data = x.data_ptr<float>(), *upstream = grad.data_ptr<float>();
-  float* of_threads = sums.data_ptr<float>();
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    Block<C> block(tiles);
-    for (int64_t thread = first; thread < last; ++thread) {
-      for (int64_t b = thread * blocks / threads; b < (thread + 1) * blocks / threads; ++b) {
-        const int64_t begin = b * parts, end = std::min(begin + parts, count);
-        const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
-          data_of<C>(data, tiles, part, block.outside.data(), block.scratch.data(), block.first.data() + place);
-          outputs_adjoint<C>(upstream, tiles, part, block.outside.data(), block.second.data() + place);
-        });
-        add_products<C>(block.first.data(), block.second.data(), filled, of_threads + thread * kPoints * C * C);
-      }
-    }
-  });
-  const at::Tensor total = sums.sum(0), taps = at::empty({C, 27, C}, x.options());
-  const float* from = total.data_ptr<float>();
-  float* to = taps.data_ptr<float>();
-  at::parallel_for(0, C, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) filter_adjoint<C>(from + c * C, to + c * 27 * C);
-  });
-  return taps;
-}
-
-// body(the number of channels as a constant)
-template <class Body>
-auto with_channels(int64_t channels, Body body) {
-  switch (channels) {
-    case 8: return body(std::integral_constant<int, 8>());
-    case 16: return body(std::integral_constant<int, 16>());
-    case 32: return body(std::integral_constant<int, 32>());
-    case 64: return body(std::integral_constant<int, 64>());
-    default: return body(std::integral_constant<int, 128>());
-  }
-}
-
-at::Tensor in_order(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast3d); }
+SPSS_INLINE void store_group(float* to, const Vector (&v)[1]) { store(to, v[0]); }
+SPSS_INLINE Row load_row(const float* from) { return load(from); }
+SPSS_INLINE void add_multiple(Vector& sum, const float* factor, const Row& row) { sum += *factor * row; }
 
 }  // namespace
+}  // namespace spss
+
+#define SPSS_HOT SPSS_MULTIARCH
+#define SPSS_HOT_INLINE SPSS_INLINE
+#include "cpu/minimal_filtering.h"
+
+namespace spss {
 
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve(x, weight);
-  return with_channels(x.size(1), [&](auto C) {
-    const at::Tensor taps = weight.permute({1, 2, 3, 4, 0}).contiguous();  // inputs, taps, outputs
-    return filtered<C()>(in_order(x), transformed<C()>(taps, false));
-  });
+  return x.scalar_type() == at::kFloat ? convolved(x, weight) : convolve_bf16(x, weight);
 }
 
 std::tuple<at::Tensor, at::Tensor> convolve_backward(
-    const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   check_convolve(x, weight);
-  TORCH_CHECK_VALUE(grad_.sizes() == x.sizes() && grad_.scalar_type() == x.scalar_type(),
+  TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(),
                     "grad must be of x's shape and dtype");
-  const at::Tensor grad = in_order(grad_);
-  at::Tensor dx = at::empty({0}, x.options()), dweight = at::empty({0}, x.options());
-  with_channels(x.size(1), [&](auto C) {
-    const at::Tensor taps = weight.permute({0, 2, 3, 4, 1}).contiguous();  // outputs, taps, inputs
-    if (x_grad) dx = filtered<C()>(grad, transformed<C()>(taps, true));
-    if (weight_grad) {
-      const at::Tensor of_taps = filter_gradient<C()>(grad, in_order(x)).view({C(), 3, 3, 3, C()});
-      dweight = at::empty_like(weight).copy_(of_taps.permute({4, 0, 1, 2, 3}));
-    }
-  });
-  return {dx, dweight};
+  const auto backward = x.scalar_type() == at::kFloat ? convolved_backward : convolve_bf16_backward;
+  return backward(grad, x, weight, x_grad, weight_grad);
 }
 
 }  // namespace spss

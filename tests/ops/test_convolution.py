@@ -2,17 +2,23 @@
 
 import pytest
 import torch
+from operator_cases.case import arrange
+from operator_cases.convolution import SHAPES
 from torch.nn import functional as F
 
 from spss_fast.nets import vnet
 from spss_fast.nets.vnet import VNet
-from spss_fast.ops import backend, convolve
+from spss_fast.ops import backend, convolution, convolve
 from spss_fast.ops.backends import available
 from spss_fast.ops.convolution import is_faster
 
 COMPILED = pytest.mark.skipif(
     "cpu" not in available("convolution", "cpu"),
     reason="the extension is not built, or by a compiler that makes no code for FMA",
+)
+BF16 = pytest.mark.skipif(
+    "cpu" not in available("convolution", "cpu") or not convolution.MULTIPLIES_BF16,
+    reason="the kernel for bfloat16 needs a CPU with AVX512-BF16",
 )
 
 
@@ -38,10 +44,62 @@ def test_is_as_near_to_float64_as_torchs_own(shape):
         assert error < max(2 * others, 5e-7)
 
 
-@COMPILED
-def test_gives_the_same_bits_again_and_keeps_channels_last():
+@BF16
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "channels_last"])
+@pytest.mark.parametrize("shape", [*filter(all, SHAPES), (4, 16, 24, 24, 20), (1, 8, 5, 12, 43), (2, 64, 9, 8, 7)])
+def test_bfloat16_errs_no_more_than_three_times_what_torchs_own_does(shape, layout):
+    """Of maps as batch norm leaves them, half of them zero, and weights as they are: of both the transforms' sums
+    are rounded, where torch rounds weights and results alone."""
     torch.manual_seed(0)
-    x, upstream, weight = maps(3, 16, 9, 7, 21), maps(3, 16, 9, 7, 21), torch.randn(16, 16, 3, 3, 3)
+    x, upstream = (arrange(torch.randn(shape).relu().bfloat16(), layout) for _ in range(2))
+    weight = torch.randn(shape[1], shape[1], 3, 3, 3)
+    exact = gradients(lambda *t: F.conv3d(*t, padding=1), x.double(), weight.double(), upstream.double())
+    ours = gradients(convolve, x, weight, upstream)
+    assert [t.dtype for t in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for actual, expected in zip(ours, exact):
+        assert (actual - expected).norm() < 3 * 2.4e-3 * expected.norm()
+
+
+@BF16
+def test_bfloat16_is_exact_where_nothing_is_rounded():
+    """Whole numbers so small that every sum of the transforms is one that bfloat16 holds."""
+    torch.manual_seed(0)
+    x, upstream = (torch.randint(-1, 2, (2, 16, 6, 9, 11)).bfloat16() for _ in range(2))
+    weight = 8.0 * torch.randint(-1, 2, (16, 16, 3, 3, 3)) * (torch.rand(16, 16, 1, 1, 1) < 0.1)
+    exact = gradients(lambda *t: F.conv3d(*t, padding=1), x.double(), weight.double(), upstream.double())
+    for actual, expected in zip(gradients(convolve, x, weight, upstream), exact):
+        torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=0, atol=0)
+
+
+@BF16
+def test_bfloat16_propagates_what_is_not_finite():
+    x, weight = torch.zeros(1, 8, 6, 6, 6).bfloat16(), torch.ones(8, 8, 3, 3, 3)
+    x[0, 3, 1, 1, 1] = torch.nan
+    assert convolve(x, weight).isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_in_one_graph_whatever_the_dtype(dtype):
+    torch.manual_seed(0)
+    x, upstream, weight = maps(1, 8, 4, 5, 6).to(dtype), maps(1, 8, 4, 5, 6).to(dtype), torch.randn(8, 8, 3, 3, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(convolve, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(gradients(compiled, x, weight, upstream), gradients(convolve, x, weight, upstream)):
+        assert torch.equal(actual, expected)
+
+
+def test_bfloat16_goes_by_the_reference_where_the_cpu_does_not_multiply_it(monkeypatch):
+    monkeypatch.setattr(convolution, "MULTIPLIES_BF16", False)
+    torch.manual_seed(0)
+    x, weight = maps(1, 8, 4, 5, 6).bfloat16(), torch.randn(8, 8, 3, 3, 3)
+    assert torch.equal(convolve(x, weight), F.conv3d(x, weight.bfloat16(), padding=1))
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
+def test_gives_the_same_bits_again_and_keeps_channels_last(dtype):
+    torch.manual_seed(0)
+    x, upstream, weight = maps(3, 16, 9, 7, 21).to(dtype), maps(3, 16, 9, 7, 21).to(dtype), torch.randn(16, 16, 3, 3, 3)
     first = gradients(convolve, x, weight, upstream)
     again = gradients(convolve, x.contiguous(), weight.contiguous(memory_format=torch.channels_last_3d), upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -50,9 +108,10 @@ def test_gives_the_same_bits_again_and_keeps_channels_last():
 
 
 @COMPILED
-def test_threads_change_no_more_than_the_order_of_the_filters_sums():
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
+def test_threads_change_no_more_than_the_order_of_the_filters_sums(dtype):
     torch.manual_seed(0)
-    x, upstream, weight = maps(2, 8, 12, 10, 8), maps(2, 8, 12, 10, 8), torch.randn(8, 8, 3, 3, 3)
+    x, upstream, weight = maps(2, 8, 12, 10, 8).to(dtype), maps(2, 8, 12, 10, 8).to(dtype), torch.randn(8, 8, 3, 3, 3)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 3, 64):
@@ -79,7 +138,7 @@ def test_one_gradient_alone(wanted):
 def test_refuses_what_it_does_not_compute():
     x, weight = torch.zeros(1, 8, 4, 4, 4), torch.zeros(8, 8, 3, 3, 3)
     for arguments, error, message in (
-        ((x.double(), weight), TypeError, "x must be float32"),
+        ((x.double(), weight), TypeError, "x must be float32 or bfloat16"),
         ((x, weight.half()), TypeError, "weight must be float32"),
         ((x[:, :7], weight), ValueError, "x must be"),
         ((x[0], weight), ValueError, "x must be"),
@@ -92,7 +151,7 @@ def test_refuses_what_it_does_not_compute():
 
 @COMPILED
 def test_the_kernel_refuses_what_it_does_not_compute():
-    with pytest.raises(TypeError, match="x must be float32"):
+    with pytest.raises(TypeError, match="x must be float32 or bfloat16"):
         torch.ops.spss_fast.convolve(torch.zeros(1, 8, 4, 4, 4).double(), torch.zeros(8, 8, 3, 3, 3).double())
     for axis in (2, 3, 4):
         x = torch.zeros(1, 8, 4, 4, 4).narrow(axis, 0, 0)
@@ -101,30 +160,49 @@ def test_the_kernel_refuses_what_it_does_not_compute():
 
 
 @pytest.fixture
-def avx2(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+def machine(monkeypatch):
+    """A CPU of a given kind, to those who ask."""
+
+    def become(capability, bf16=False, amx=False):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        monkeypatch.setattr(convolution, "MULTIPLIES_BF16", bf16)
+        monkeypatch.setattr(convolution, "HAS_AMX", amx)
+
+    return become
 
 
 @COMPILED
-def test_is_chosen_where_it_was_measured_to_be_faster(avx2, monkeypatch):
+def test_is_chosen_where_it_was_measured_to_be_faster(machine):
     x, weight = torch.zeros(4, 16, 16, 16, 16), torch.zeros(16, 16, 3, 3, 3)
-    assert is_faster(x, weight)
+    for kind, float32, bfloat16 in (
+        (("AVX2",), True, False), (("AVX512",), False, False), (("AVX512", True), True, True),
+        (("AVX512", True, True), False, False),
+    ):
+        machine(*kind)
+        assert is_faster(x, weight) == float32
+        assert not is_faster(x.bfloat16(), weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_faster(x.bfloat16(), weight) == bfloat16
+            assert not is_faster(x, weight)
+        with torch.autocast("cpu", torch.float16):
+            assert not is_faster(x.bfloat16(), weight)
+    machine("AVX512", True)
     assert is_faster(x[:, :, :4, :4, :4], weight)  # 32 tiles
     assert not is_faster(x[:, :, :4, :4, :2], weight)  # so few that the filter's transform is most of it
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_faster(x[:, :, :4, :4, :6].bfloat16(), weight)  # 48 tiles
+        assert not is_faster(x[:, :, :4, :4, :4].bfloat16(), weight)
     assert not is_faster(x.double(), weight.double())
     assert not is_faster(x.bfloat16(), weight.bfloat16())
     assert not is_faster(x[:, :8], weight[:, :8])  # to more channels
     assert not is_faster(x, weight[..., :2])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not is_faster(x, weight)
     with backend("reference"):
         assert not is_faster(x, weight)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert not is_faster(x, weight)
 
 
 @COMPILED
-def test_the_v_net_takes_it_and_gives_what_it_gives_without(avx2, monkeypatch):
+def test_the_v_net_takes_it_and_gives_what_it_gives_without(machine, monkeypatch):
+    machine("AVX2")
     torch.manual_seed(0)
     network = VNet(filters=8, dropout=0.0).to(memory_format=torch.channels_last_3d)
     x, taken = maps(2, 1, 32, 32, 32), []
@@ -136,3 +214,28 @@ def test_the_v_net_takes_it_and_gives_what_it_gives_without(avx2, monkeypatch):
     # not the first convolution, of one channel, nor the deepest, of too few voxels
     assert taken == [16, 16, 32, 32, 32, 32, 32, 32, 16, 16, 8]
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
+
+
+@BF16
+def test_the_v_net_takes_it_in_bfloat16(machine, monkeypatch):
+    """A step in bfloat16: both ways err by as much from float32."""
+    machine("AVX512", True)
+    torch.manual_seed(0)
+    network = VNet(filters=8, dropout=0.0).to(memory_format=torch.channels_last_3d)
+    weights = [p for name, p in network.named_parameters() if p.ndim == 5 and not name.startswith("projector")]
+    x, taken = maps(2, 1, 32, 32, 32), []
+    monkeypatch.setattr(vnet, "convolve", lambda x, weight: taken.append(x.shape[1]) or convolve(x, weight))
+
+    def step(amp):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            y = network(x)
+        return [y.detach(), *torch.autograd.grad(y.float().square().mean(), weights)]
+
+    ours = step(True)
+    assert taken == [16, 16, 32, 32, 32, 32, 32, 32, 16, 16, 8]
+    monkeypatch.setattr(vnet, "is_faster", lambda x, weight: False)
+    torchs, exact = step(True), step(False)
+    for actual, other, expected in zip(ours, torchs, exact):
+        assert actual.dtype == other.dtype
+        error, others = ((t.float() - expected).norm() for t in (actual, other))
+        assert error < 3 * others + 1e-6 * expected.norm()

@@ -1,0 +1,461 @@
+// 3 x 3 x 3 convolution of maps with as many channels out as in, by the minimal filtering F(2 x 2 x 2, 3 x 3 x 3) of
+// Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016: a tile of eight outputs costs 64
+// products a pair of channels in place of 216.
+//
+// Maps lie channels last, so that a vector holds eight channels of a voxel. Blocks of tiles that fit into the
+// second-level cache go through data transform, 64 matrix products and inverse transform. The gradient of the input is
+// the convolution with the filter reversed and its channels exchanged; that of the filter is made of the adjoint
+// transforms.
+//
+// Transforms and sums are float32. Who includes this file says what maps hold and what is multiplied:
+//   Element, load, store            a value of a map, and eight of them to a Vector and back
+//   Factor, kGroup                  what is multiplied, and how many products one instruction adds up
+//   store_group                     a Vector as Factors, or kGroup Vectors as eight groups with a Factor of each
+//   Row, load_row, add_multiple     eight groups, and to a Vector the products of one group with each of them
+//   kSums                           Vectors of sums that fit into registers
+//   kAtOnce                         how many of four points along the third axis they belong to: of all four, products
+//                                   leave two outputs in place of the sums, half as much to write and read again
+//   SPSS_HOT, SPSS_HOT_INLINE       before functions compiled for certain instruction sets, or inlined into such
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <memory>
+#include <type_traits>
+
+#include "cpu/memory.h"
+
+// Products need not be rounded before they are added.
+#pragma GCC optimize("fp-contract=fast")
+
+#define SPSS_UNROLL _Pragma("GCC unroll 64")
+
+namespace spss {
+namespace {
+
+constexpr int kPoints = 64;  // of the transforms: 4 along each axis
+constexpr int kPart = 16;    // longest run of tiles that share their data transform along the last axis
+
+// A transform along one axis, in place where there is room, and its adjoint.
+
+SPSS_INLINE void transform_data(Vector& a, Vector& b, Vector& c, Vector& d) {
+  const Vector old = b;
+  a -= c, d = b - d, b += c, c -= old;
+}
+
+SPSS_INLINE void transform_filter(Vector& a, Vector& b, Vector& c, Vector& d) {  // three taps to four points
+  const Vector even = 0.5f * (a + c), odd = 0.5f * b;
+  d = c, b = even + odd, c = even - odd;
+}
+
+SPSS_INLINE void transform_filter_adjoint(Vector& a, Vector& b, Vector& c, Vector& d) {  // four points to three taps
+  const Vector even = 0.5f * (b + c);
+  b = 0.5f * (b - c), a += even, c = even + d;
+}
+
+SPSS_INLINE void transform_outputs(Vector& a, Vector& b, Vector& c, Vector& d) {  // four points to two outputs
+  a += b + c, b = b - c - d;
+}
+
+SPSS_INLINE void transform_outputs_adjoint(Vector& a, Vector& b, Vector& c, Vector& d) {
+  d = -b, c = a - b, b += a;
+}
+
+// Tiles of 2 x 2 x 2 outputs; a part is a run of them along the last axis.
+struct Part {
+  int64_t volume, i, j, k, count;  // of its first tile, along each axis; tiles
+};
+
+struct Tiles {
+  int64_t batch, h, w, d;         // voxels
+  int64_t rows, columns, length;  // tiles
+  int64_t parts, most;            // along the last axis; tiles of the longest
+
+  explicit Tiles(const at::Tensor& x) : batch(x.size(0)), h(x.size(2)), w(x.size(3)), d(x.size(4)) {
+    rows = (h + 1) / 2, columns = (w + 1) / 2, length = (d + 1) / 2;
+    parts = (length + kPart - 1) / kPart;
+    most = (length + parts - 1) / parts;
+  }
+
+  int64_t count() const { return batch * rows * columns * parts; }
+
+  Part operator[](int64_t i) const {
+    const int64_t k = i % parts * most, row = i / parts;
+    return {row / columns / rows, row / columns % rows, row % columns, k, std::min(most, length - k)};
+  }
+
+  // Where the voxels (i, j, :) of a volume begin, in voxels; -1 outside.
+  int64_t line(int64_t volume, int64_t i, int64_t j) const {
+    return i < 0 || i >= h || j < 0 || j >= w ? -1 : ((volume * h + i) * w + j) * d;
+  }
+};
+
+// What a thread works on: a block of at most kTiles tiles, (points, tiles, channels), the points a little apart so that
+// they do not fall into the same sets of a cache.
+template <int C> constexpr int64_t kTiles = C < 32 ? 48 : 24;
+template <int C> constexpr int64_t kStride = kTiles<C> * C + 16;
+template <int C> constexpr int64_t kMatrix = C * C + 16;  // of a transformed filter, from point to point, as far apart
+constexpr int kLeft = kAtOnce == 4 ? 2 : 4;  // what products leave of the points along the third axis
+
+template <class T>
+using Buffer = std::unique_ptr<T[]>;
+
+template <int C>
+struct Block {
+  Buffer<Factor> data = std::make_unique_for_overwrite<Factor[]>(kPoints * kStride<C>);
+  Buffer<float> scratch = std::make_unique_for_overwrite<float[]>((2 * kPart + 4) * 16 * kLanes);
+  Buffer<Element> outside;  // a line of zeros
+
+  explicit Block(const Tiles& tiles) : outside(std::make_unique<Element[]>(tiles.d * C)) {}
+};
+
+// Tiles of whole groups.
+inline int64_t in_groups(int64_t tiles) { return (tiles + kGroup - 1) / kGroup * kGroup; }
+
+// The parts go to a block one after the other: body(part, where its first tile begins).
+template <int C, class Body>
+int64_t each_part(const Tiles& tiles, int64_t begin, int64_t end, Body body) {
+  int64_t filled = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const Part part = tiles[i];
+    body(part, filled * C);
+    filled += in_groups(part.count);
+  }
+  return filled;
+}
+
+// Transforms along the first two axes voxel by voxel, of which two tiles share two, then along the third. To (points,
+// tiles, C), or to groups of G tiles, (points, tiles / G, C, G).
+template <int C, int G>
+SPSS_HOT void data_of(
+    const Element* x, const Tiles& tiles, const Part& part, const Element* outside, float* scratch, Factor* out) {
+  const Element* lines[16];
+  for (int q = 0; q < 16; ++q) {
+    const int64_t line = tiles.line(part.volume, 2 * part.i + q / 4 - 1, 2 * part.j + q % 4 - 1);
+    lines[q] = line < 0 ? outside : x + line * C;
+  }
+  for (int64_t c = 0; c < C; c += kLanes) {
+    for (int64_t p = 0; p < 2 * part.count + 2; ++p) {
+      const int64_t k = 2 * part.k + p - 1, place = k * C + c;
+      float* to = scratch + p * 16 * kLanes;
+      if (k < 0 || k >= tiles.d) {
+        std::fill_n(to, 16 * kLanes, 0.f);
+        continue;
+      }
+      Vector v[16];
+      SPSS_UNROLL for (int q = 0; q < 16; ++q) v[q] = load(lines[q] + place);
+      // the lines that the next column of tiles will read, too short for the hardware to guess; past the end no harm is
+      // done
+      SPSS_UNROLL for (int q = 2; q < 16; q += q % 4 == 3 ? 3 : 1)
+        __builtin_prefetch(lines[q] + place + 2 * tiles.d * C);
+      SPSS_UNROLL for (int i = 0; i < 4; ++i) transform_data(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+      SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_data(v[j], v[4 + j], v[8 + j], v[12 + j]);
+      SPSS_UNROLL for (int q = 0; q < 16; ++q) store(to + q * kLanes, v[q]);
+    }
+    // of a tile that fills the last group
+    std::fill_n(scratch + (2 * part.count + 2) * 16 * kLanes, 2 * (G - 1) * 16 * kLanes, 0.f);
+    for (int64_t t = 0; t < part.count; t += G) {
+      const float* from = scratch + t * 32 * kLanes;
+      Factor* to = out + t * C + c * G;
+      for (int q = 0; q < 16; ++q, from += kLanes, to += 4 * kStride<C>) {
+        Vector v[4][G];
+        SPSS_UNROLL for (int g = 0; g < G; ++g) {
+          SPSS_UNROLL for (int k = 0; k < 4; ++k) v[k][g] = load(from + (2 * g + k) * 16 * kLanes);
+          transform_data(v[0][g], v[1][g], v[2][g], v[3][g]);
+        }
+        SPSS_UNROLL for (int k = 0; k < 4; ++k) store_group(to + k * kStride<C>, v[k]);
+      }
+    }
+  }
+}
+
+template <int C>
+SPSS_HOT void outputs_of(const float* sums, const Tiles& tiles, const Part& part, Element* y) {
+  for (int64_t t = 0; t < part.count; ++t) {
+    for (int64_t c = 0; c < C; c += kLanes) {
+      const float* from = sums + t * C + c;
+      Vector planes[4][4];  // points along the first axis; outputs along the second and third
+      SPSS_UNROLL for (int i = 0; i < 4; ++i) {
+        Vector v[4][kLeft];
+        SPSS_UNROLL for (int j = 0; j < 4; ++j) {
+          SPSS_UNROLL for (int k = 0; k < kLeft; ++k) v[j][k] = load(from + ((4 * i + j) * kLeft + k) * kStride<C>);
+          if constexpr (kLeft == 4) transform_outputs(v[j][0], v[j][1], v[j][2], v[j][3]);
+        }
+        SPSS_UNROLL for (int k = 0; k < 2; ++k) {
+          transform_outputs(v[0][k], v[1][k], v[2][k], v[3][k]);
+          planes[i][k] = v[0][k], planes[i][2 + k] = v[1][k];
+        }
+      }
+      SPSS_UNROLL for (int q = 0; q < 4; ++q) {
+        transform_outputs(planes[0][q], planes[1][q], planes[2][q], planes[3][q]);
+        const int64_t k = 2 * (part.k + t) + q % 2;
+        SPSS_UNROLL for (int i = 0; i < 2; ++i) {
+          const int64_t line = tiles.line(part.volume, 2 * part.i + i, 2 * part.j + q / 2);
+          if (line >= 0 && k < tiles.d) store(y + (line + k) * C + c, planes[i][q]);
+        }
+      }
+    }
+  }
+}
+
+// To groups of tiles, as data_of.
+template <int C>
+SPSS_HOT void outputs_adjoint(
+    const Element* grad, const Tiles& tiles, const Part& part, const Element* outside, Factor* out) {
+  const Element* lines[4];
+  for (int q = 0; q < 4; ++q) {
+    const int64_t line = tiles.line(part.volume, 2 * part.i + q / 2, 2 * part.j + q % 2);
+    lines[q] = line < 0 ? outside : grad + line * C;
+  }
+  for (int64_t t = 0; t < part.count; t += kGroup) {
+    for (int64_t c = 0; c < C; c += kLanes) {
+      float along[2 * kGroup][16 * kLanes];
+      for (int p = 0; p < 2 * kGroup; ++p) {
+        const int64_t k = 2 * (part.k + t) + p;
+        if (k >= tiles.d || t + p / 2 >= part.count) {
+          std::fill_n(along[p], 16 * kLanes, 0.f);
+          continue;
+        }
+        Vector v[16];
+        SPSS_UNROLL for (int q = 0; q < 4; ++q) v[4 * (q / 2) + q % 2] = load(lines[q] + k * C + c);
+        SPSS_UNROLL for (int i = 0; i < 2; ++i)
+          transform_outputs_adjoint(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+        SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_outputs_adjoint(v[j], v[4 + j], v[8 + j], v[12 + j]);
+        SPSS_UNROLL for (int q = 0; q < 16; ++q) store(along[p] + q * kLanes, v[q]);
+      }
+      Factor* to = out + t * C + c * kGroup;
+      for (int q = 0; q < 16; ++q, to += 4 * kStride<C>) {
+        Vector v[4][kGroup];
+        SPSS_UNROLL for (int g = 0; g < kGroup; ++g) {
+          v[0][g] = load(along[2 * g] + q * kLanes), v[1][g] = load(along[2 * g + 1] + q * kLanes);
+          transform_outputs_adjoint(v[0][g], v[1][g], v[2][g], v[3][g]);
+        }
+        SPSS_UNROLL for (int k = 0; k < 4; ++k) store_group(to + k * kStride<C>, v[k]);
+      }
+    }
+  }
+}
+
+// (C, 27, C) to groups of rows, (points, C / kGroup, C, kGroup), a group of the first axis; `reversed` takes the taps
+// from the last to the first.
+template <int C>
+SPSS_HOT void filter_of(const float* taps, bool reversed, Factor* out) {
+  for (int64_t c = 0; c < C; c += kLanes) {
+    Vector points[kPoints][kGroup];
+    for (int g = 0; g < kGroup; ++g) {
+      Vector v[kPoints];
+      SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
+        Vector* line = v + 16 * i + 4 * j;
+        SPSS_UNROLL for (int k = 0; k < 3; ++k) {
+          const int tap = 9 * i + 3 * j + k;
+          line[k] = load(taps + (27 * g + (reversed ? 26 - tap : tap)) * C + c);
+        }
+        transform_filter(line[0], line[1], line[2], line[3]);
+      }
+      SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
+        Vector* line = v + 16 * i + k;
+        transform_filter(line[0], line[4], line[8], line[12]);
+      }
+      SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter(v[q], v[16 + q], v[32 + q], v[48 + q]);
+      SPSS_UNROLL for (int q = 0; q < kPoints; ++q) points[q][g] = v[q];
+    }
+    for (int q = 0; q < kPoints; ++q) store_group(out + q * kMatrix<C> + c * kGroup, points[q]);
+  }
+}
+
+template <int C>
+SPSS_HOT void filter_adjoint(const float* points, float* taps) {
+  for (int64_t c = 0; c < C; c += kLanes) {
+    Vector v[kPoints];
+    for (int q = 0; q < kPoints; ++q) v[q] = load(points + q * kMatrix<C> + c);
+    SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter_adjoint(v[q], v[16 + q], v[32 + q], v[48 + q]);
+    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
+      Vector* line = v + 16 * i + k;
+      transform_filter_adjoint(line[0], line[4], line[8], line[12]);
+    }
+    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
+      Vector* line = v + 16 * i + 4 * j;
+      transform_filter_adjoint(line[0], line[1], line[2], line[3]);
+      SPSS_UNROLL for (int k = 0; k < 3; ++k) store(taps + (9 * i + 3 * j + k) * C + c, line[k]);
+    }
+  }
+}
+
+// R rows of (tiles, C) by (C / kGroup, C, kGroup), of its columns N vectors, at kAtOnce points; all of it in registers.
+template <int C, int R, int N>
+SPSS_HOT_INLINE void product(const Factor* data, const Factor* filter, float* out) {
+  Vector sums[R][N][kAtOnce] = {};
+  for (int64_t c = 0; c < C; c += kGroup) {
+    SPSS_UNROLL for (int k = 0; k < kAtOnce; ++k) {
+      Row row[N];
+      SPSS_UNROLL for (int n = 0; n < N; ++n) row[n] = load_row(filter + k * kMatrix<C> + c * C + n * kLanes * kGroup);
+      SPSS_UNROLL for (int r = 0; r < R; ++r)
+        SPSS_UNROLL for (int n = 0; n < N; ++n) add_multiple(sums[r][n][k], data + k * kStride<C> + r * C + c, row[n]);
+    }
+  }
+  SPSS_UNROLL for (int r = 0; r < R; ++r)
+    SPSS_UNROLL for (int n = 0; n < N; ++n) {
+      Vector* v = sums[r][n];
+      if constexpr (kAtOnce == 4) transform_outputs(v[0], v[1], v[2], v[3]);
+      SPSS_UNROLL for (int k = 0; k < kLeft * kAtOnce / 4; ++k) store(out + k * kStride<C> + r * C + n * kLanes, v[k]);
+    }
+}
+
+// Rows are done by a few: those beyond `tiles` are computed and not read.
+template <int C>
+SPSS_HOT void products(const Factor* data, const Factor* filter, float* out, int64_t tiles) {
+  constexpr int N = C == kLanes ? 1 : 2, R = kSums / kAtOnce / N;
+  static_assert(kTiles<C> % R == 0);
+  for (int q = 0; q < kPoints; q += kAtOnce, data += kAtOnce * kStride<C>, filter += kAtOnce * kMatrix<C>) {
+    for (int64_t n = 0; n < C; n += N * kLanes)
+      for (int64_t t = 0; t < tiles; t += R) product<C, R, N>(data + t * C, filter + n * kGroup, out + t * C + n);
+    out += kLeft * kAtOnce / 4 * kStride<C>;
+  }
+}
+
+// R rows and N vectors of columns of the sum over tiles of data times gradient, both (tiles / kGroup, C, kGroup).
+template <int C, int R, int N>
+SPSS_HOT_INLINE void add_product(const Factor* data, const Factor* grad, int64_t tiles, float* sum) {
+  Vector sums[R][N] = {};  // of the block, before they join the thread's: so fewer digits are lost
+  for (int64_t t = 0; t < tiles; t += kGroup, data += C * kGroup, grad += C * kGroup) {
+    Row row[N];
+    SPSS_UNROLL for (int n = 0; n < N; ++n) row[n] = load_row(grad + n * kLanes * kGroup);
+    SPSS_UNROLL for (int r = 0; r < R; ++r)
+      SPSS_UNROLL for (int n = 0; n < N; ++n) add_multiple(sums[r][n], data + r * kGroup, row[n]);
+  }
+  SPSS_UNROLL for (int r = 0; r < R; ++r)
+    SPSS_UNROLL for (int n = 0; n < N; ++n) {
+      float* to = sum + r * C + n * kLanes;
+      store(to, load(to) + sums[r][n]);
+    }
+}
+
+template <int C>
+SPSS_HOT void add_products(const Factor* data, const Factor* grad, int64_t tiles, float* sum) {
+  constexpr int N = C == kLanes ? 1 : 2, R = 8 / N;
+  for (int q = 0; q < kPoints; ++q, data += kStride<C>, grad += kStride<C>, sum += kMatrix<C>)
+    for (int64_t n = 0; n < C; n += N * kLanes)
+      for (int64_t r = 0; r < C; r += R)
+        add_product<C, R, N>(data + r * kGroup, grad + n * kGroup, tiles, sum + r * C + n);
+}
+
+// Parts a block, fewer where there would be threads without one.
+template <int C>
+int64_t parts_a_block(const Tiles& tiles) {
+  const int64_t threads = at::get_num_threads();
+  return std::max<int64_t>(1, std::min(kTiles<C> / in_groups(tiles.most), (tiles.count() + threads - 1) / threads));
+}
+
+// (points, C / kGroup, C, kGroup) of taps (C, 27, C).
+template <int C>
+Buffer<Factor> transformed(const at::Tensor& taps, bool reversed) {
+  Buffer<Factor> out = std::make_unique_for_overwrite<Factor[]>(kPoints * kMatrix<C>);
+  const float* from = taps.const_data_ptr<float>();
+  at::parallel_for(0, C / kGroup, 8 / kGroup, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin * kGroup; c < end * kGroup; c += kGroup)
+      filter_of<C>(from + c * 27 * C, reversed, out.get() + c * C);
+  });
+  return out;
+}
+
+template <int C>
+at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
+  at::Tensor y = with_huge_pages(at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast3d)));
+  const Tiles tiles(x);
+  const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles);
+  const Element* from = static_cast<const Element*>(x.const_data_ptr());
+  Element* to = static_cast<Element*>(y.data_ptr());
+  at::parallel_for(0, (count + parts - 1) / parts, 1, [&](int64_t first, int64_t last) {
+    Block<C> block(tiles);
+    const auto sums = std::make_unique_for_overwrite<float[]>(kPoints / 4 * kLeft * kStride<C>);
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * parts, end = std::min(begin + parts, count);
+      const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
+        data_of<C, 1>(from, tiles, part, block.outside.get(), block.scratch.get(), block.data.get() + place);
+      });
+      products<C>(block.data.get(), filter, sums.get(), filled);
+      each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
+        outputs_of<C>(sums.get() + place, tiles, part, to);
+      });
+    }
+  });
+  return y;
+}
+
+// Taps (C, 27, C). Every thread sums up its own tiles.
+template <int C>
+at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x) {
+  const Tiles tiles(x);
+  const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles), blocks = (count + parts - 1) / parts;
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), blocks);
+  const at::Tensor sums =
+      at::zeros({std::max<int64_t>(threads, 1), kPoints * kMatrix<C>}, x.options().dtype(at::kFloat));
+  const Element* values = static_cast<const Element*>(x.const_data_ptr());
+  const Element* upstream = static_cast<const Element*>(grad.const_data_ptr());
+  float* of_threads = sums.data_ptr<float>();
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    Block<C> block(tiles);
+    const auto adjoint = std::make_unique_for_overwrite<Factor[]>(kPoints * kStride<C>);
+    for (int64_t thread = first; thread < last; ++thread) {
+      for (int64_t b = thread * blocks / threads; b < (thread + 1) * blocks / threads; ++b) {
+        const int64_t begin = b * parts, end = std::min(begin + parts, count);
+        const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
+          data_of<C, kGroup>(values, tiles, part, block.outside.get(), block.scratch.get(), block.data.get() + place);
+          outputs_adjoint<C>(upstream, tiles, part, block.outside.get(), adjoint.get() + place);
+        });
+        add_products<C>(block.data.get(), adjoint.get(), filled, of_threads + thread * kPoints * kMatrix<C>);
+      }
+    }
+  });
+  const at::Tensor total = sums.sum(0), taps = at::empty({C, 27, C}, total.options());
+  const float* from = total.const_data_ptr<float>();
+  float* to = taps.data_ptr<float>();
+  at::parallel_for(0, C, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) filter_adjoint<C>(from + c * C, to + c * 27 * C);
+  });
+  return taps;
+}
+
+// body(the number of channels as a constant)
+template <class Body>
+auto with_channels(int64_t channels, Body body) {
+  switch (channels) {
+    case 8: return body(std::integral_constant<int, 8>());
+    case 16: return body(std::integral_constant<int, 16>());
+    case 32: return body(std::integral_constant<int, 32>());
+    case 64: return body(std::integral_constant<int, 64>());
+    default: return body(std::integral_constant<int, 128>());
+  }
+}
+
+at::Tensor in_order(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast3d); }
+
+// x of Elements, the weight float32.
+at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight) {
+  return with_channels(x.size(1), [&](auto C) {
+    const at::Tensor taps = weight.permute({1, 2, 3, 4, 0}).contiguous();  // inputs, taps, outputs
+    return filtered<C()>(in_order(x), transformed<C()>(taps, false).get());
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> convolved_backward(
+    const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
+  const at::Tensor grad = in_order(grad_);
+  at::Tensor dx = at::empty({0}, x.options()), dweight = at::empty({0}, weight.options());
+  with_channels(x.size(1), [&](auto C) {
+    const at::Tensor taps = weight.permute({0, 2, 3, 4, 1}).contiguous();  // outputs, taps, inputs
+    if (x_grad) dx = filtered<C()>(grad, transformed<C()>(taps, true).get());
+    if (weight_grad) {
+      const at::Tensor of_taps = filter_gradient<C()>(grad, in_order(x)).view({C(), 3, 3, 3, C()});
+      dweight = at::empty_like(weight).copy_(of_taps.permute({4, 0, 1, 2, 3}));
+    }
+  });
+  return {dx, dweight};
+}
+
+}  // namespace
+}  // namespace spss
