@@ -154,11 +154,14 @@ def same_with_gradients(actual, expected, leaves):
         torch.testing.assert_close(gradient, definition)
 
 
-@pytest.mark.parametrize("filters, amp, factor", [(4, None, 3), (8, None, 3), (4, torch.bfloat16, 1.1)])
+@pytest.mark.parametrize(
+    "filters, amp, factor", [(4, None, 3), (8, None, 3), (4, torch.bfloat16, 1.1), (8, torch.bfloat16, 1.2)]
+)
 def test_gradients_are_as_near_to_float64s_as_plain_pytorchs(filters, amp, factor, monkeypatch):
     """Channels last and on our operators against contiguous and on torch's own. Rounding flips ReLUs, so each layer's
-    error is a matter of chance, and their median is compared; bfloat16's is large anyhow, 0.8 where zeros give 1."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # then 8 filters are convolve's
+    error is a matter of chance, and their median is compared; bfloat16's is large anyhow, 0.7 where zeros give 1, and
+    0.8 of eight filters where the CPU multiplies bfloat16: then they are convolve's."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # and in float32 for certain
     torch.manual_seed(0)
     plain = VNet(filters=filters, dropout=0.0)
     x, target = torch.randn(2, 1, 48, 48, 32), torch.randint(2, (2, 48, 48, 32))
