@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from spss_fast.ops import backends, checks
 
 CHANNELS = 8, 16, 32, 64, 128
+DTYPES = torch.float32, torch.bfloat16
 MULTIPLIES_BF16 = torch.cpu._is_avx512_bf16_supported()  # which the C++ operator needs for bfloat16
 HAS_AMX = torch.cpu._is_amx_tile_supported()
 
@@ -41,7 +42,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: a shape or device does not fit.
     """
-    checks.is_tensor("x", x, torch.float32, torch.bfloat16)
+    checks.is_tensor("x", x, *DTYPES)
     checks.is_tensor("weight", weight, torch.float32)
     if x.ndim != 5 or x.shape[1] not in CHANNELS:
         raise ValueError(f"x must be (B, C, H, W, D) with C of {CHANNELS}, not of shape {tuple(x.shape)}")
@@ -62,7 +63,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     whose matrix units are beyond it; others were not measured. And there must be so many tiles of eight outputs that
     the transforms of data outweigh that of the filter.
     """
-    if x.device.type != "cpu" or weight.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype not in DTYPES or weight.dtype != torch.float32:
         return False
     wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     channels = x.shape[1]

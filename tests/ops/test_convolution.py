@@ -186,6 +186,7 @@ def test_is_chosen_where_it_was_measured_to_be_faster(machine):
             assert not is_faster(x, weight)
         with torch.autocast("cpu", torch.float16):
             assert not is_faster(x.bfloat16(), weight)
+            assert not is_faster(x.half(), weight)
     machine("AVX512", True)
     assert is_faster(x[:, :, :4, :4, :4], weight)  # 32 tiles
     assert not is_faster(x[:, :, :4, :4, :2], weight)  # so few that the filter's transform is most of it
