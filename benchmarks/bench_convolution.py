@@ -21,7 +21,7 @@ SIZES = [
 CASES = {"forward": False, "forward + backward": True}
 PROVIDERS = {"spss_fast": convolve, "torch": functools.partial(F.conv3d, padding=1)}
 # in float32 torch's own gradient of the weight errs by 1e-5 on CPUs with AVX-512
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 
 
 @functools.lru_cache(maxsize=1)
@@ -35,26 +35,26 @@ def data(shape: tuple[int, ...], dtype: torch.dtype):
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", TOLERANCE)
 @pytest.mark.parametrize("shape", SIZES, ids=lambda shape: "x".join(map(str, shape)))
-def bench_convolution(measure, device, shape, dtype, case, provider):
+def bench_convolution(measure, device, shape, name, case, provider):
     if device != "cpu":
         pytest.skip("on a GPU convolve is torch's own convolution")
+    dtype = getattr(torch, name)
     if dtype == torch.bfloat16 and not MULTIPLIES_BF16:
         pytest.skip("without AVX512-BF16 convolve is torch's own convolution")
     inputs, upstream = data(shape, dtype)
 
-    def run(name: str = provider):
+    def run(by: str = provider):
         # torch multiplies weights of the maps' dtype, to which autocast casts them once an iteration
-        leaves = leaves_of[name]
-        y = PROVIDERS[name](*leaves)
+        leaves = leaves_of[by]
+        y = PROVIDERS[by](*leaves)
         return torch.autograd.grad(y, leaves, upstream) if CASES[case] else [y]
 
     weights = {"spss_fast": inputs[1], "torch": inputs[1].to(dtype)}
-    leaves_of = {name: [t.detach().requires_grad_(CASES[case]) for t in (inputs[0], w)] for name, w in weights.items()}
+    leaves_of = {by: [t.detach().requires_grad_(CASES[case]) for t in (inputs[0], w)] for by, w in weights.items()}
     for actual, expected in zip(run(), run("torch")):
-        assert (actual - expected).norm() < TOLERANCE[dtype] * expected.norm()
+        assert (actual - expected).norm() < TOLERANCE[name] * expected.norm()
     size = inputs[0].nbytes
-    measure(run, operator="convolution", case=f"{case}, {str(dtype).removeprefix('torch.')}",
-            size="x".join(map(str, shape)), provider=provider,
+    measure(run, operator="convolution", case=f"{case}, {name}", size="x".join(map(str, shape)), provider=provider,
             elements=inputs[0].numel() * shape[1], bytes=(6 if CASES[case] else 2) * size)
