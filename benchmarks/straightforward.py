@@ -166,11 +166,12 @@ def joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
     annotation, index = batch.annotation.to(state.device), batch.index.to(state.device)
     labeled, volumes = len(annotation), image[:, 0]
 
-    def steps(volumes: Tensor, labels: Tensor | None) -> Tensor:
-        pairs = sample_pairs(volumes, registration)
+    pairs, labeled_pairs = (sample_pairs(x, registration) for x in (volumes, volumes[:labeled]))
+
+    def steps(volumes: Tensor, labels: Tensor | None, pairs: tuple[Tensor, ...]) -> Tensor:
         return registration_steps(state.registration, state.adam, volumes, labels, pairs, registration, None)
 
-    loss_registration = steps(volumes, None)  # 1
+    loss_registration = steps(volumes, None, pairs)  # 1
     label_reg = carried_labels(state.registration, volumes[:labeled], annotation, index, registration)  # 2
 
     logits_s = state.student(image)[:labeled]  # 3
@@ -211,7 +212,7 @@ def joint_iteration(state: State, batch: Batch) -> dict[str, Tensor]:
     (loss_s + loss_u + loss_c).backward()
     state.sgd.step()
     update_teacher(state.teacher, state.student, t, training.ema)
-    steps(volumes[:labeled], label[:, None])  # 10
+    steps(volumes[:labeled], label[:, None], labeled_pairs)  # 10
     state.iteration += 1
     return {"loss_s": loss_s.detach(), "loss_u": loss_u.detach(), "loss_c": loss_c.detach(),
             "loss_registration": loss_registration}

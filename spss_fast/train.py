@@ -142,7 +142,7 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
         first = state.iteration + 1
         while state.iteration < training.iterations:
             with uninterrupted(console):
-                with state.beside(), phase("data"):
+                with state.beside.place(), phase("data"):
                     batch = next(loader)
                 outputs = joint_iteration(state, batch)
                 if profile is not None:
@@ -157,10 +157,10 @@ def train_jointly(state: State, dataset: Dataset, folder: RunFolder, console: Co
                 if shows:
                     progress.update(t, _status(row))
                 if training.preview_every and (last or t % training.preview_every == 0):
-                    state.settle()
+                    state.beside.settle()
                     save_preview(folder.previews / f"{t:06d}.png", batch, outputs, t, values)
                 if last and training.refresh_batches:
-                    state.settle()
+                    state.beside.settle()
                     images = (batch.image for batch in islice(loader, training.refresh_batches))
                     refresh_batch_norm(state.student, images, state.amp)
                 if saves:
@@ -177,7 +177,7 @@ def measure_registration_labels(state: State, dataset: Dataset, folder: RunFolde
 
 def _metrics(state: State, batch: Batch, outputs: Outputs, monitored: bool) -> dict[str, float]:
     """What ``joint.csv`` keeps of an iteration, Dice too if ``monitored``; ``UserError`` where a loss is not finite."""
-    state.settle()
+    state.beside.settle()
     row = {name: float(value) for name, value in outputs.metrics.items()}
     losses = {name: row[name] for name in ("loss_registration", "loss_registration_labels", "loss")}
     _refuse_divergence(state.config, f"iteration {state.iteration}", **losses)

@@ -20,7 +20,7 @@ PARTS = ("student", "teacher", "registration", "sgd", "adam", "scaler", "registr
 
 def save(state: State, path: Path) -> None:
     """Write networks, optimizers, clocks and settings to ``path``."""
-    state.settle()
+    state.beside.settle()
     content = {part: getattr(state, part).state_dict() for part in PARTS}
     content |= {
         "epoch": state.epoch, "iteration": state.iteration, "last_loss": state.last_loss.cpu(),
@@ -47,7 +47,7 @@ def read(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def restore(state: State, content: dict[str, Any]) -> None:
     """Put a checkpoint's content into a fresh ``state``: CUDA graphs would go on with the optimizers' old numbers."""
-    state.settle()
+    state.beside.settle()
     for part in PARTS:
         getattr(state, part).load_state_dict(content[part])
     for group in state.adam.param_groups:  # whether a CUDA graph may hold it is this device's matter, not the saver's

@@ -63,13 +63,15 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory that tensors on the CPU free, for those that follow.
 
     PyTorch leaves them to the C library, which gives large blocks back to the system and gets them again page by page.
-    One iteration allocates what the last one did, so it need not. Only glibc is told; elsewhere nothing happens.
+    One iteration allocates what the last one did, so it need not. Threads share one heap, as others would give back
+    what they free. Only glibc is told; elsewhere nothing happens.
     """
-    trim_threshold, mmap_max = -1, -4  # as malloc.h numbers them
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # as malloc.h numbers them
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
+        libc.mallopt(arena_max, 1)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     plan = schedule(wait=WARMUP - 1, warmup=1, active=iterations, repeat=1)
-    with profile(activities=activities, schedule=plan, on_trace_ready=finish) as running:
+    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with profile(
+        activities=activities, schedule=plan, on_trace_ready=finish, experimental_config=every_thread
+    ) as running:
         yield running
     if running.step_num <= WARMUP:
         say(console, f"nothing was profiled: --profile leaves out the first {WARMUP} iterations, and this run had "
@@ -59,7 +63,8 @@ def profiler(iterations: int, device: torch.device, folder: Path, console: Conso
 
 def phase_table(trace: Path, iterations: int) -> Table:
     """Milliseconds an iteration and share of it, by phase, from a Chrome trace (.json.gz) of that many ``iterations``;
-    on a GPU also the time that the kernels ran which a phase launched."""
+    on a GPU also the time that the kernels ran which a phase launched. Phases of another thread than the iterations'
+    stand apart, and count towards no sum."""
     with gzip.open(trace) as file:
         events = json.load(file)["traceEvents"]
     marks = [e for e in events if e.get("cat") == "user_annotation"]
@@ -69,9 +74,9 @@ def phase_table(trace: Path, iterations: int) -> Table:
     end = steps[-1]["ts"] + steps[-1]["dur"]
     phases = [e for e in marks if e["name"].removeprefix(PREFIX) in PHASES and e["ts"] < end]
     on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") and e["ts"] >= begin]
-    spent, kernels = dict.fromkeys(PHASES, 0.0), dict.fromkeys((*PHASES, "other"), 0.0)
+    spent, beside, kernels = Counter(), Counter(), Counter()
     for event in phases:
-        spent[event["name"].removeprefix(PREFIX)] += event["dur"]
+        (spent if event["tid"] == steps[0]["tid"] else beside)[event["name"].removeprefix(PREFIX)] += event["dur"]
     launches = {e["args"]["correlation"]: e["ts"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")}
     for event in on_gpu:
         launch = launches.get(event["args"].get("correlation"), -1)
@@ -81,13 +86,18 @@ def phase_table(trace: Path, iterations: int) -> Table:
     table.add_column("phase")
     for heading in ("ms", "share", *(["kernels ms"] if on_gpu else [])):
         table.add_column(heading, justify="right")
-    spent |= {"other": total - sum(spent.values()), "all": total}
+    rows = {name: spent[name] for name in PHASES if name in spent}
+    rows |= {"other": total - sum(rows.values()), "all": total}
     kernels["all"] = sum(kernels.values())
-    for name, value in spent.items():
+    for name, value in rows.items():
         cells = [f"{value / iterations / 1e3:.1f}", f"{100 * value / total:.1f}%"]
         if on_gpu:
             cells.append(f"{kernels[name] / iterations / 1e3:.1f}")
-        table.add_row(name, *cells)
+        table.add_row(name, *cells, end_section=name == "all")
+    for name, value in beside.items():
+        table.add_row(f"{name}, beside", f"{value / iterations / 1e3:.1f}", f"{100 * value / total:.1f}%")
+    if beside:
+        table.caption = "beside: at the same time, in a thread with half of the cores"
     if on_gpu:
         table.caption = (f"ms: of the host, which launches and waits. A student's launch holds its losses.\n"
                          f"GPU idle {100 * idle_share(on_gpu, begin):.1f}% of the time")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import optimizers, selfpaced
+from spss_fast.engine.beside import InTurn, choose_beside
 from spss_fast.engine.device import upload
 from spss_fast.engine.graphs import Replayed
 from spss_fast.engine.profiling import phase
@@ -30,9 +30,9 @@ from spss_fast.settings import Config
 class State:
     """Everything that training changes: networks, optimizers, the clock, and the pace of the last iteration.
 
-    On a GPU the networks' work is launched as CUDA graphs, and what concerns registration runs on a second stream,
-    beside the V-Nets: many small kernels, which leave most of the GPU to them. So between two iterations call
-    :meth:`settle` before anything here is read or changed.
+    Registration runs beside the V-Nets, on a GPU on a second stream: many small kernels, which leave most of the GPU to
+    them. So between two iterations call ``beside.settle()`` before anything here is read or changed. On a GPU the
+    networks' work is launched as CUDA graphs.
     """
 
     config: Config
@@ -55,8 +55,7 @@ class State:
     iteration: int = 0  # t, of stage 2
     average: optimizers.Average = field(init=False)  # how the teacher follows the student
     last_loss: Tensor = field(init=False)  # L_pace of the last iteration; inf before the first
-    stream: torch.cuda.Stream | None = field(init=False)  # of registration, on a GPU
-    must_wait: bool = True  # whether that stream has yet to wait for the current one
+    beside: InTurn = field(init=False)  # where registration runs
 
     def __post_init__(self) -> None:
         network, training = self.config.network, self.config.training
@@ -79,9 +78,8 @@ class State:
         self.last_loss = torch.tensor(float("inf"), dtype=torch.float64, device=self.device)
         functions = _registration_steps, _neighbour_flows, teacher_passes, monte_carlo, student_passes
         bound = [functools.partial(f, self) for f in functions]
-        self.stream = None
+        self.beside = choose_beside(self.device, (self.student, self.teacher), training.deterministic)
         if self.device.type == "cuda":
-            self.stream = torch.cuda.Stream(self.device, priority=-1)  # before the V-Nets: others wait for the labels
             bound[1:] = (Replayed(bound[1], "propagation", priority=-1), Replayed(bound[2], "teacher"),
                          Replayed(bound[3], "teacher"), Replayed(bound[4], "student", self.student.parameters()))
             # Adam's steps are part of the graph: apex's counts them on the host, and a gradient scaler's `step` and
@@ -94,33 +92,6 @@ class State:
     def autocast(self) -> torch.autocast:
         """Mixed precision for the segmentation networks; losses take their outputs in float32."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
-
-    def beside(self) -> contextlib.AbstractContextManager:
-        """A context whose GPU work runs on the stream of registration; on a CPU it does nothing."""
-        if self.stream is None:
-            return contextlib.nullcontext()
-        if self.must_wait:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            self.must_wait = False
-        return torch.cuda.stream(self.stream)
-
-    def settle(self) -> None:
-        """Have what follows on the current stream wait for registration, and the reverse."""
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            self.must_wait = True
-
-    def receive(self, event: torch.cuda.Event | None, *tensors: Tensor) -> None:
-        """Have the current stream wait for ``event``, and keep the memory of ``tensors`` until it is done with them."""
-        if event is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(event)
-            for tensor in tensors:
-                tensor.record_stream(stream)
-
-    def mark(self) -> torch.cuda.Event | None:
-        """An event on the current stream; None on a CPU, where nothing is ahead of anything."""
-        return None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
 
 
 @dataclass
@@ -229,33 +200,51 @@ def student_passes(
 def joint_iteration(state: State, batch: Batch) -> Outputs:
     """Stage 2, one iteration: the numbered steps are METHOD's.
 
-    On a GPU it returns before that has done the work. ``batch`` is ready there on the stream of ``state.beside()``, and
-    the outputs may be looked at after ``state.settle()``.
+    On a GPU it returns before that has done the work. ``batch`` is ready there in ``state.beside.place()``, and the
+    outputs may be looked at after ``state.beside.settle()``.
     """
     config, t = state.config, state.iteration
     registration, selection, training = config.registration, config.selection, config.training
-    classes = config.data.class_count
+    classes, labeled = config.data.class_count, len(batch.annotation)
     torch.manual_seed(seed_for(training.seed, 2, t))
     state.student.train()
     state.teacher.train()  # its dropout is the Monte-Carlo dropout, its batch norm uses the batch
 
-    with state.beside():
+    def upload_and_draw() -> tuple[Tensor, ...]:
         channels_last = {"device": state.device, "memory_format": torch.channels_last_3d}
         image, view1, view2 = (x.to(**channels_last) for x in (batch.image, batch.view1, batch.view2))
         annotation, index = (upload(x, state.device) for x in (batch.annotation, batch.index))
-        volumes, labeled = image[:, 0], len(annotation)
-        ready = state.mark()
-        # 1. registration steps without labels
-        registration_loss = state.registration_steps(volumes, None, *sample_pairs(volumes, registration))
-        # 2. registration labels
+        pairs = *sample_pairs(image[:, 0], registration), *sample_pairs(image[:labeled, 0], registration)
+        return image, view1, view2, annotation, index, *pairs
+
+    image, view1, view2, annotation, index, *pairs = state.beside.run(upload_and_draw).receive()
+    volumes = image[:, 0]
+
+    # 1. registration steps without labels, and 2. registration labels, beside the teacher's passes
+    def register() -> tuple[Tensor, Tensor]:
+        loss = state.registration_steps(volumes, None, *pairs[:3])
         flows = state.neighbour_flows(volumes[:labeled])
         with phase("propagation"):
-            label_reg = registration_labels(flows, batch.annotation, index, classes, registration)
+            return loss, registration_labels(flows, batch.annotation, index, classes, registration)
+
+    registered = state.beside.run(register)
 
     # 3 and 5, the teacher's half: on the noisy image and on both views
-    state.receive(ready, image, view1, view2, annotation, index)
     probability_t, logits_1, logits_2 = state.teacher_passes(image, view1, view2)
-    taught = state.mark()
+
+    # 8. fused labels, and 10. registration steps on them, beside the passes of steps 4 to 9
+    w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
+
+    def fuse_labels(probability_t: Tensor) -> tuple[Tensor, Tensor]:
+        with phase("losses"):
+            return fuse(registered.value[1], probability_t[:labeled], w_p, annotation, index)
+
+    def register_fused() -> Tensor:
+        masks = foreground_masks(fused.value[1], classes)
+        return state.registration_steps(volumes[:labeled], masks, *pairs[3:])
+
+    fused = state.beside.run(fuse_labels, probability_t)
+    registered_fused = state.beside.run(register_fused)
 
     # 5. the mixed image m comes before step 4 here, because the mask of step 4 selects voxels of m
     box = selfpaced.random_box(*image.shape[2:4])
@@ -272,14 +261,10 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         )
         entropy, mask = uncertainty_mask(total, selection.passes, keep)
 
-    # 8. fused labels, beside the passes of step 4, and the weights of the supervised loss on them
-    with state.beside(), phase("losses"):
-        state.receive(taught, probability_t)
-        w_p = selfpaced.fusion_weight(t / training.fusion_iterations, training.fusion, training.fusion_power)
-        label_seg, label = fuse(label_reg, probability_t[:labeled], w_p, annotation, index)
-        fused = state.mark()
+    # 8. weights of the supervised loss on the fused labels
+    _, label_reg = registered.receive()
+    label_seg, label = fused.receive()
     with phase("losses"):
-        state.receive(fused, label_reg, label_seg, label)
         weights = voxel_weights(
             label_reg, label_seg, index, t, training.distance_decay, training.disagreement_from,
             training.label_weights == "truncated",
@@ -299,16 +284,11 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
         state.scaler.update()
         update_teacher(state.teacher, state.student, t, training.ema, state.average)
 
-    # 10. registration steps on the fused labels
-    with state.beside():
-        supervised_registration_loss = state.registration_steps(
-            volumes[:labeled], foreground_masks(label, classes), *sample_pairs(volumes[:labeled], registration)
-        )
     state.iteration += 1
     return Outputs(
         metrics={
             "loss": loss, "loss_s": loss_s, "loss_u": loss_u, "loss_c": loss_c,
-            "loss_registration": registration_loss, "loss_registration_labels": supervised_registration_loss,
+            "loss_registration": registered.value[0], "loss_registration_labels": registered_fused.value,
             "loss_pace": state.last_loss, "lambda": lam, "w": weight, "w_p": w_p, "K": keep,
             "entropy": entropy.mean(),
         },

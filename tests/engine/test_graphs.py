@@ -9,6 +9,7 @@ import torch
 from spss_fast.config import resolve
 from spss_fast.data.sampling import Batch
 from spss_fast.engine import checkpoint
+from spss_fast.engine.beside import InTurn
 from spss_fast.engine.graphs import Recording, Replayed
 from spss_fast.engine.registration import registration_steps, sample_pairs
 from spss_fast.engine.selfpaced import monte_carlo
@@ -132,16 +133,16 @@ def test_iterations_replayed_beside_each_other_are_the_iterations(amp, monkeypat
     for plain in (True, False):
         state = State(config, torch.device("cuda"), amp)
         if plain:
-            state.stream = None
+            state.beside = InTurn()
             for name in ("registration_steps", "neighbour_flows", "teacher_passes", "monte_carlo", "student_passes"):
                 setattr(state, name, getattr(state, name).function)
         metrics = []
         for batch in batches:
-            with state.beside():
+            with state.beside.place():
                 images = {name: getattr(batch, name).cuda() for name in ("image", "view1", "view2")}
                 batch = replace(batch, **images)
             metrics.append(joint_iteration(state, batch).metrics)
-        state.settle()
+        state.beside.settle()
         metrics = [{name: float(value) for name, value in of_one.items()} for of_one in metrics]
         networks = (state.student, state.teacher, state.registration)
         outcomes.append((metrics, [x.detach().cpu() for network in networks for x in network.state_dict().values()]))

@@ -48,9 +48,10 @@ def test_an_iteration_is_its_steps(t, pace, lr):
     adam, volumes = torch.optim.Adam(network.parameters(), 1e-3), batch.image[:, 0]
     torch.manual_seed(seed_for(0, 2, t))
 
+    pairs = {count: registration.sample_pairs(volumes[:count], settings) for count in (4, 2)}
+
     def steps(labels, count):  # 1, 10
-        pairs = registration.sample_pairs(volumes[:count], settings)
-        return registration.registration_steps(network, adam, volumes[:count], labels, pairs, settings, None)
+        return registration.registration_steps(network, adam, volumes[:count], labels, pairs[count], settings, None)
 
     loss_registration = steps(None, 4)  # on all volumes
     flows = registration.neighbour_flows(network, volumes[:2], None)  # 2
