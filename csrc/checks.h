@@ -186,4 +186,21 @@ inline void check_convolve(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
 }
 
+inline void check_convolve_transposed(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+                   "x must be float32 or bfloat16, not ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 5, "x must be (B, I, H, W, D), not ", x.sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 5, "weight must be (I, O, 2, 2, 2), not ", weight.sizes());
+  TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0, "x must have voxels, not be ", x.sizes());
+  TORCH_CHECK_VALUE(
+      weight.numel() > 0 && weight.size(0) % 2 == 0 && weight.size(1) % 8 == 0,
+      "weight must have an even number of input channels, and output channels in multiples of 8, not be ",
+      weight.sizes());
+  const std::array<int64_t, 5> shape{x.size(1), weight.size(1), 2, 2, 2};
+  const at::IntArrayRef wanted = shape;
+  TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
+}
+
 }  // namespace spss

@@ -27,5 +27,6 @@ TORCH_LIBRARY_IMPL(spss_fast, CPU, library) {
 #if SPSS_HAS_FMA
   library.impl("convolve", &spss::convolve);
   library.impl("convolve_backward", &spss::convolve_backward);
+  library.impl("convolve_transposed", &spss::convolve_transposed);
 #endif
 }

@@ -1,4 +1,4 @@
-// convolve: the 3 x 3 x 3 convolution of float32 and bfloat16 maps, the former by what is here.
+// convolve and convolve_transposed of float32 and bfloat16 maps, the former by what is here.
 #include "cpu/multiarch.h"
 
 #if SPSS_HAS_FMA  // without it oneDNN, which compiles for the machine, is faster
@@ -29,6 +29,7 @@ SPSS_INLINE void add_multiple(Vector& sum, const float* factor, const Row& row) 
 #define SPSS_HOT SPSS_MULTIARCH
 #define SPSS_HOT_INLINE SPSS_INLINE
 #include "cpu/minimal_filtering.h"
+#include "cpu/upsampling.h"
 
 namespace spss {
 
@@ -44,6 +45,11 @@ std::tuple<at::Tensor, at::Tensor> convolve_backward(
                     "grad must be of x's shape and dtype");
   const auto backward = x.scalar_type() == at::kFloat ? convolved_backward : convolve_bf16_backward;
   return backward(grad, x, weight, x_grad, weight_grad);
+}
+
+at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight) {
+  check_convolve_transposed(x, weight);
+  return x.scalar_type() == at::kFloat ? upsampled(x, weight) : convolve_transposed_bf16(x, weight);
 }
 
 }  // namespace spss

@@ -1,4 +1,4 @@
-// convolve of bfloat16 maps, on CPUs with AVX512-BF16: an instruction multiplies pairs of bfloat16 and adds both products
+// convolve and convolve_transposed of bfloat16 maps, on CPUs with AVX512-BF16: an instruction multiplies pairs of bfloat16 and adds both products
 // to float32. The transforms are float32, and so is the filter until it is transformed.
 #include "cpu/multiarch.h"
 
@@ -59,13 +59,14 @@ SPSS_HOT_INLINE void add_multiple(Vector& sum, const BFloat16* pair, const Row& 
 }  // namespace spss
 
 #include "cpu/minimal_filtering.h"
+#include "cpu/upsampling.h"
 
 namespace spss {
 namespace {
 
 void check_cpu() {
   TORCH_CHECK_NOT_IMPLEMENTED(__builtin_cpu_supports("avx512bf16"),
-                              "convolve of bfloat16 needs a CPU with AVX512-BF16: use the reference");
+                              "convolutions of bfloat16 need a CPU with AVX512-BF16: use the reference");
 }
 
 }  // namespace
@@ -79,6 +80,11 @@ std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   check_cpu();
   return convolved_backward(grad, x, weight, x_grad, weight_grad);
+}
+
+at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight) {
+  check_cpu();
+  return upsampled(x, weight);
 }
 
 }  // namespace spss

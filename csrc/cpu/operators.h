@@ -57,10 +57,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> convolve_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
+at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight);
 // The same of checked arguments, x bfloat16, on a CPU with AVX512-BF16.
 at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
+at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight);
 #endif
 
 }  // namespace spss

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spss_fast.ops.convolution import convolve, is_faster
+from spss_fast.ops.convolution import convolve, convolve_transposed, is_faster, is_faster_transposed
 from spss_fast.ops.norm import batch_norm_relu
 
 
@@ -48,6 +48,8 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
     was seen on one kind of CPU.
     """
     if isinstance(convolution, nn.ConvTranspose3d):
+        if is_faster_transposed(x, convolution.weight):
+            return convolve_transposed(x, convolution.weight)
         return F.conv_transpose3d(x, convolution.weight, stride=convolution.stride)
     if is_faster(x, convolution.weight):
         return convolve(x, convolution.weight)

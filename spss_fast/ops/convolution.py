@@ -1,8 +1,10 @@
-"""The V-Net's 3 x 3 x 3 convolution on a CPU: ``F.conv3d(x, weight, padding=1)``.
+"""The V-Net's convolutions on a CPU: ``F.conv3d(x, weight, padding=1)`` of 3 x 3 x 3 voxels, and upwards
+``F.conv_transpose3d(x, weight, stride=2)`` of 2 x 2 x 2.
 
-Minimal filtering takes 64 products a pair of channels for eight outputs, where a direct convolution takes 216. In
-float32 its sums are as exact; in bfloat16 it multiplies rounded sums of values and of weights. Source: Lavin &
-Gray, "Fast algorithms for convolutional neural networks", CVPR 2016, in three dimensions: F(2 x 2 x 2, 3 x 3 x 3).
+For the former minimal filtering takes 64 products a pair of channels for eight outputs, where a direct convolution
+takes 216. In float32 its sums are as exact; in bfloat16 it multiplies rounded sums of values and of weights. Source:
+Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016, in three dimensions:
+F(2 x 2 x 2, 3 x 3 x 3). The latter is four matrix products a row of voxels, each of which writes a row of the result.
 """
 
 from __future__ import annotations
@@ -55,6 +57,41 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.spss_fast.convolve(x, weight)
 
 
+def reference_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """The definition of :func:`convolve_transposed` with torch's own operator."""
+    return F.conv_transpose3d(x, weight.to(x.dtype), stride=2)
+
+
+def convolve_transposed(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.conv_transpose3d(x, weight, stride=2)``, differentiable in both.
+
+    Args:
+        x: (B, I, H, W, D) float32 or bfloat16, I even; read in place if channels last.
+        weight: (I, O, 2, 2, 2) float32, O a multiple of 8.
+
+    Returns:
+        (B, O, 2 H, 2 W, 2 D) of x's dtype, by the C++ operator channels last, whatever autocast says; its sums are
+        float32. Deterministic; the gradients are torch's. bfloat16 maps go through the C++ operator on CPUs with
+        AVX512-BF16.
+
+    Raises:
+        TypeError: an argument is no tensor, or of another dtype.
+        ValueError: a shape or device does not fit.
+    """
+    checks.is_tensor("x", x, *DTYPES)
+    checks.is_tensor("weight", weight, torch.float32)
+    if x.ndim != 5 or 0 in x.shape[1:] or x.shape[1] % 2:
+        raise ValueError(f"x must be (B, I, H, W, D) with voxels and an even I, not of shape {tuple(x.shape)}")
+    outputs = weight.shape[1] if weight.ndim == 5 else 0
+    if outputs == 0 or outputs % 8:
+        raise ValueError(f"weight must be (I, O, 2, 2, 2) with O a multiple of 8, not of shape {tuple(weight.shape)}")
+    checks.has_shape("weight", weight, (x.shape[1], outputs, 2, 2, 2), "x", x)
+    if backends.use_reference("convolution", x) or (x.dtype == torch.bfloat16 and not MULTIPLIES_BF16):
+        with torch.autocast(x.device.type, enabled=False):
+            return reference_transposed(x, weight)
+    return torch.ops.spss_fast.convolve_transposed(x, weight)
+
+
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`convolve` gives what ``F.conv3d`` would, in the dtype that autocast asks for, and was measured to
     be faster.
@@ -63,17 +100,30 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     whose matrix units are beyond it; others were not measured. And there must be so many tiles of eight outputs that
     the transforms of data outweigh that of the filter.
     """
-    if x.device.type != "cpu" or x.dtype not in DTYPES or weight.dtype != torch.float32:
-        return False
-    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     channels = x.shape[1]
-    if x.dtype != wanted or channels not in CHANNELS or weight.shape != (channels, channels, 3, 3, 3):
+    if not _takes(x, weight) or channels not in CHANNELS or weight.shape != (channels, channels, 3, 3, 3):
         return False
     measured, least = MULTIPLIES_BF16 and not HAS_AMX, 3 * channels
     if x.dtype == torch.float32:
         measured, least = measured or torch.backends.cpu.get_cpu_capability() == "AVX2", 2 * channels
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) * ((x.shape[4] + 1) // 2)
-    return measured and tiles >= least and backends.active("convolution", "cpu") == "cpu"
+    return measured and tiles >= least
+
+
+def is_faster_transposed(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`convolve_transposed` gives what ``F.conv_transpose3d`` would, in the dtype that autocast asks for,
+    and was measured to be faster: up to 16 channels, on CPUs with AVX512-BF16 but without AMX; others were not
+    measured."""
+    fits = _takes(x, weight) and weight.shape[1:] in ((8, 2, 2, 2), (16, 2, 2, 2)) and x.shape[1] % 2 == 0
+    return fits and MULTIPLIES_BF16 and not HAS_AMX
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the C++ operators run on such tensors, in the dtype that autocast asks for."""
+    if x.device.type != "cpu" or x.dtype not in DTYPES or weight.dtype != torch.float32:
+        return False
+    wanted = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    return x.dtype == wanted and backends.active("convolution", "cpu") == "cpu"
 
 
 @torch.library.register_fake("spss_fast::convolve")
@@ -87,6 +137,12 @@ def _fake_backward(grad, x, weight, x_grad, weight_grad):
     return dx, torch.empty_like(weight) if weight_grad else weight.new_empty(0)
 
 
+@torch.library.register_fake("spss_fast::convolve_transposed")
+def _fake_transposed(x, weight):
+    shape = x.shape[0], weight.shape[1], *(2 * side for side in x.shape[2:])
+    return x.new_empty(shape).contiguous(memory_format=torch.channels_last_3d)
+
+
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -97,6 +153,15 @@ def _gradient(ctx, grad: Tensor):
     return tuple(gradient if need else None for gradient, need in zip(gradients, needed))
 
 
+def _gradient_transposed(ctx, grad: Tensor):
+    x, weight = ctx.saved_tensors
+    twos, zeros, ones = [2] * 3, [0] * 3, [1] * 3
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        grad, x, weight.to(x.dtype), None, twos, zeros, ones, True, zeros, 1, [*ctx.needs_input_grad, False]
+    )
+    return dx, None if dweight is None else dweight.float()
+
+
 def _once(ctx, *grads):
     raise NotImplementedError(
         "convolve is differentiable once; second derivatives need spss_fast.ops.backend('reference')"
@@ -105,3 +170,4 @@ def _once(ctx, *grads):
 
 torch.library.register_autograd("spss_fast::convolve", _gradient, setup_context=_save)
 torch.library.register_autograd("spss_fast::convolve_backward", _once)
+torch.library.register_autograd("spss_fast::convolve_transposed", _gradient_transposed, setup_context=_save)

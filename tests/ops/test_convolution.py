@@ -1,4 +1,4 @@
-"""The minimal convolution: accuracy, determinism, where it is chosen, and errors that name the argument."""
+"""The V-Net's convolutions: accuracy, determinism, where it is chosen, and errors that name the argument."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from torch.nn import functional as F
 
 from spss_fast.nets import vnet
 from spss_fast.nets.vnet import VNet
-from spss_fast.ops import backend, convolution, convolve
+from spss_fast.ops import backend, convolution, convolve, convolve_transposed
 from spss_fast.ops.backends import available
-from spss_fast.ops.convolution import is_faster
+from spss_fast.ops.convolution import is_faster, is_faster_transposed
 
 COMPILED = pytest.mark.skipif(
     "cpu" not in available("convolution", "cpu"),
@@ -240,3 +240,113 @@ def test_the_v_net_takes_it_in_bfloat16(machine, monkeypatch):
         assert actual.dtype == other.dtype
         error, others = ((t.float() - expected).norm() for t in (actual, other))
         assert error < 3 * others + 1e-6 * expected.norm()
+
+
+def _transposed(x, weight):
+    return F.conv_transpose3d(x, weight, stride=2)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 3e-7), pytest.param(torch.bfloat16, 2.6e-3, marks=BF16)])
+@pytest.mark.parametrize("inputs, outputs, sides", [(16, 8, (8, 9, 24)), (6, 24, (3, 4, 7)), (64, 32, (2, 3, 1)),
+                                                    (2, 8, (1, 1, 14)), (32, 16, (4, 5, 20))])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_the_transposed_convolution_is_as_near_to_float64_as_its_result_is_rounded(
+    inputs, outputs, sides, layout, dtype, error
+):
+    torch.manual_seed(0)
+    x = arrange(torch.randn(2, inputs, *sides).to(dtype), layout)
+    weight = arrange(torch.randn(inputs, outputs, 2, 2, 2).to(dtype).float(), layout)  # of which nothing is rounded
+    y = convolve_transposed(x, weight)
+    exact = _transposed(x.double(), weight.double())
+    assert y.dtype == dtype and (y - exact).norm() < error * exact.norm()
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
+def test_the_transposed_convolution_gives_torchs_gradients_and_channels_last(dtype):
+    torch.manual_seed(0)
+    x, upstream, weight = maps(2, 16, 3, 4, 5).to(dtype), maps(2, 8, 6, 8, 10).to(dtype), torch.randn(16, 8, 2, 2, 2)
+    ours = gradients(convolve_transposed, x, weight, upstream)
+    torchs = gradients(lambda x, w: _transposed(x, w.to(dtype)), x, weight, upstream)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last_3d) and ours[2].dtype == torch.float32
+    torch.testing.assert_close(ours[0], torchs[0])
+    assert torch.equal(ours[1], torchs[1]) and torch.equal(ours[2], torchs[2])
+    leaf = weight.requires_grad_()
+    convolve_transposed(x, leaf).backward(upstream)  # one alone
+    assert torch.equal(leaf.grad, ours[2])
+
+
+@COMPILED
+def test_the_transposed_convolution_gives_the_same_bits_by_any_number_of_threads():
+    torch.manual_seed(0)
+    x, weight = maps(2, 16, 12, 10, 20), torch.randn(16, 16, 2, 2, 2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3, 64):
+            torch.set_num_threads(threads)
+            results.append(convolve_transposed(x, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_the_transposed_convolution_goes_by_the_reference_where_the_cpu_does_not_multiply_bfloat16(monkeypatch):
+    monkeypatch.setattr(convolution, "MULTIPLIES_BF16", False)
+    torch.manual_seed(0)
+    x, weight = maps(1, 16, 2, 3, 4).bfloat16(), torch.randn(16, 8, 2, 2, 2)
+    assert torch.equal(convolve_transposed(x, weight), _transposed(x, weight.bfloat16()))
+
+
+def test_the_transposed_convolution_refuses_what_it_does_not_compute():
+    x, weight = torch.zeros(1, 16, 2, 2, 2), torch.zeros(16, 8, 2, 2, 2)
+    for arguments, error, message in (
+        ((x.double(), weight), TypeError, "x must be float32 or bfloat16"),
+        ((x, weight.half()), TypeError, "weight must be float32"),
+        ((x[:, :7], weight[:7]), ValueError, "x must be .* an even I"),
+        ((x[0], weight), ValueError, "x must be"),
+        ((x[..., :0], weight), ValueError, "x must be .* with voxels"),
+        ((x, weight[:, :4]), ValueError, "weight must be .* O a multiple of 8"),
+        ((x, weight[0]), ValueError, "weight must be"),
+        ((x, weight[:8]), ValueError, "weight must be"),
+        ((x, weight[..., :1]), ValueError, "weight must be"),
+    ):
+        with pytest.raises(error, match=message):
+            convolve_transposed(*arguments)
+        if "cpu" in available("convolution", "cpu"):
+            with pytest.raises(error, match="must"):
+                torch.ops.spss_fast.convolve_transposed(*arguments)
+
+
+@COMPILED
+def test_the_transposed_convolution_is_chosen_where_it_was_measured_to_be_faster(machine):
+    x, weight = torch.zeros(1, 32, 4, 4, 4), torch.zeros(32, 16, 2, 2, 2)
+    for kind, chosen in (
+        (("AVX2",), False), (("AVX512",), False), (("AVX512", True), True), (("AVX512", True, True), False),
+    ):
+        machine(*kind)
+        assert is_faster_transposed(x, weight) == chosen
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_faster_transposed(x.bfloat16(), weight) == chosen
+            assert not is_faster_transposed(x, weight)
+    machine("AVX512", True)
+    assert not is_faster_transposed(torch.zeros(1, 64, 4, 4, 4), torch.zeros(64, 32, 2, 2, 2))
+    assert not is_faster_transposed(x.double(), weight.double())
+    with backend("reference"):
+        assert not is_faster_transposed(x, weight)
+
+
+@BF16
+def test_the_v_net_takes_the_transposed_convolution(machine, monkeypatch):
+    machine("AVX512", True)
+    torch.manual_seed(0)
+    network = VNet(filters=8, dropout=0.0).to(memory_format=torch.channels_last_3d).eval()
+    x, taken = maps(1, 1, 32, 32, 32), []
+    monkeypatch.setattr(
+        vnet, "convolve_transposed", lambda x, weight: taken.append(weight.shape[1]) or convolve_transposed(x, weight)
+    )
+    with torch.no_grad():
+        actual = network(x)
+        monkeypatch.setattr(vnet, "is_faster_transposed", lambda x, weight: False)
+        expected = network(x)
+    assert taken == [16, 8]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

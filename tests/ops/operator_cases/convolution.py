@@ -1,7 +1,7 @@
 import torch
 
 from operator_cases.case import Case
-from spss_fast.ops import convolve
+from spss_fast.ops import convolve, convolve_transposed
 
 # every number of channels; odd sides, sides of one voxel, lines of several parts, parts of a block, an empty batch
 SHAPES = ((2, 8, 5, 6, 7), (1, 8, 3, 4, 65), (3, 16, 4, 1, 9), (2, 32, 1, 5, 2), (1, 64, 7, 2, 3), (2, 128, 3, 3, 1),
@@ -25,4 +25,23 @@ def _raw(x, weight):
     ]
 
 
-CASES = [Case("convolution", "convolve", convolve, _make, SHAPES, dtypes=(torch.float32,), raw=_raw)]
+# of one voxel and many a line, as the kernel takes several at once
+TRANSPOSED_SHAPES = ((2, 16, 3, 4, 5), (1, 16, 2, 1, 31), (2, 32, 1, 5, 2), (1, 64, 3, 1, 7), (1, 128, 2, 2, 1),
+                     (0, 16, 2, 2, 2))
+
+
+def _make_transposed(shape, dtype, generator):
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    weight = torch.randn(shape[1], shape[1] // 2, 2, 2, 2, generator=generator, dtype=torch.float64)
+    return x.to(dtype), (weight / shape[1] ** 0.5).to(dtype)
+
+
+def _raw_transposed(x, weight):
+    return [(torch.ops.spss_fast.convolve_transposed.default, (x, weight))]
+
+
+CASES = [
+    Case("convolution", "convolve", convolve, _make, SHAPES, dtypes=(torch.float32,), raw=_raw),
+    Case("convolution", "convolve_transposed", convolve_transposed, _make_transposed, TRANSPOSED_SHAPES,
+         dtypes=(torch.float32,), raw=_raw_transposed),
+]
