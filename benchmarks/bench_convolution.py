@@ -1,6 +1,7 @@
-"""The V-Net's 3 x 3 x 3 convolutions against torch's own, which are oneDNN's: a GPU has no other here.
+"""The V-Net's convolutions against torch's own, which are oneDNN's: a GPU has no other here.
 
-The sizes are those of the V-Net's levels at half resolution and width, and of LA's first two.
+The sizes are those of the V-Net's levels at half resolution and width, and of LA's first two. Of the image's
+convolution and of those upwards the forward pass alone is measured, as torch does the rest.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spss_fast.ops import convolve
+from spss_fast.ops import convolve, convolve_transposed
 from spss_fast.ops.convolution import MULTIPLIES_BF16
 
 SIZES = [
@@ -20,15 +21,38 @@ SIZES = [
 ]
 CASES = {"forward": False, "forward + backward": True}
 PROVIDERS = {"spss_fast": convolve, "torch": functools.partial(F.conv3d, padding=1)}
+# ours, torch's, and the shapes of x and of the weight
+FORWARD = {
+    "image": (convolve, PROVIDERS["torch"], [
+        ((4, 1, 64, 64, 48), (8, 1, 3, 3, 3)), ((4, 1, 112, 112, 80), (16, 1, 3, 3, 3)),
+    ]),
+    "transposed": (convolve_transposed, functools.partial(F.conv_transpose3d, stride=2), [
+        ((4, 16, 32, 32, 24), (16, 8, 2, 2, 2)), ((4, 32, 16, 16, 12), (32, 16, 2, 2, 2)),
+        ((4, 32, 56, 56, 40), (32, 16, 2, 2, 2)),
+    ]),
+}
 # in float32 torch's own gradient of the weight errs by 1e-5 on CPUs with AVX-512
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 
 
+def _maps(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Maps as a training step has them: channels last."""
+    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+
+
+def _dtype(device: str, name: str) -> torch.dtype:
+    if device != "cpu":
+        pytest.skip("on a GPU these are torch's own convolutions")
+    dtype = getattr(torch, name)
+    if dtype == torch.bfloat16 and not MULTIPLIES_BF16:
+        pytest.skip("without AVX512-BF16 these are torch's own convolutions")
+    return dtype
+
+
 @functools.lru_cache(maxsize=1)
 def data(shape: tuple[int, ...], dtype: torch.dtype):
-    """Maps as a training step has them: channels last."""
     torch.manual_seed(0)
-    maps = [torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last_3d) for _ in range(2)]
+    maps = [_maps(shape, dtype) for _ in range(2)]
     weight = torch.randn(shape[1], shape[1], 3, 3, 3) / (27 * shape[1]) ** 0.5
     return [maps[0], weight.contiguous(memory_format=torch.channels_last_3d)], maps[1]
 
@@ -38,11 +62,7 @@ def data(shape: tuple[int, ...], dtype: torch.dtype):
 @pytest.mark.parametrize("name", TOLERANCE)
 @pytest.mark.parametrize("shape", SIZES, ids=lambda shape: "x".join(map(str, shape)))
 def bench_convolution(measure, device, shape, name, case, provider):
-    if device != "cpu":
-        pytest.skip("on a GPU convolve is torch's own convolution")
-    dtype = getattr(torch, name)
-    if dtype == torch.bfloat16 and not MULTIPLIES_BF16:
-        pytest.skip("without AVX512-BF16 convolve is torch's own convolution")
+    dtype = _dtype(device, name)
     inputs, upstream = data(shape, dtype)
 
     def run(by: str = provider):
@@ -58,3 +78,22 @@ def bench_convolution(measure, device, shape, name, case, provider):
     size = inputs[0].nbytes
     measure(run, operator="convolution", case=f"{case}, {name}", size="x".join(map(str, shape)), provider=provider,
             elements=inputs[0].numel() * shape[1], bytes=(6 if CASES[case] else 2) * size)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize(
+    "kind, sizes", [(kind, sizes) for kind, (*_, of_kind) in FORWARD.items() for sizes in of_kind],
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value[0])),
+)
+def bench_forward(measure, device, kind, sizes, name, provider):
+    dtype = _dtype(device, name)
+    torch.manual_seed(0)
+    x, weight = _maps(sizes[0], dtype), _maps(sizes[1], torch.float32) / sizes[1][0] ** 0.5
+    ours, torchs, _ = FORWARD[kind]
+    rounded = weight.to(dtype)
+    run = functools.partial(ours, x, weight) if provider == "spss_fast" else functools.partial(torchs, x, rounded)
+    y, expected = run(), torchs(x, rounded)
+    assert (y - expected).norm() < TOLERANCE[name] * expected.norm()
+    measure(run, operator="convolution", case=f"{kind}, forward, {name}", size="x".join(map(str, sizes[0])),
+            provider=provider, elements=y.numel() * sizes[1][1], bytes=x.nbytes + y.nbytes)

@@ -176,12 +176,14 @@ inline void check_convolve(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(x.dim() == 5, "x must be (B, C, H, W, D), not ", x.sizes());
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(
-      channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0,
-      "x must have 8, 16, 32, 64 or 128 channels, not ", channels);
+      channels == 1 || (channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0),
+      "x must have 1, 8, 16, 32, 64 or 128 channels, not ", channels);
   TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0, "x must have voxels, not be ", x.sizes());
-  const std::array<int64_t, 5> shape{channels, channels, 3, 3, 3};
-  const at::IntArrayRef wanted = shape;
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() == 5, "weight must be (O, C, 3, 3, 3), not ", weight.sizes());
+  const std::array<int64_t, 5> shape{channels == 1 ? weight.size(0) : channels, channels, 3, 3, 3};
+  const at::IntArrayRef wanted = shape;
+  TORCH_CHECK_VALUE(weight.size(0) > 0 && weight.size(0) % 8 == 0, "weight must have outputs in multiples of 8");
   TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
 }

@@ -4,6 +4,7 @@
 #if SPSS_HAS_FMA  // without it oneDNN, which compiles for the machine, is faster
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/convolution_backward.h>
 
 #include "checks.h"
 #include "cpu/operators.h"
@@ -29,20 +30,30 @@ SPSS_INLINE void add_multiple(Vector& sum, const float* factor, const Row& row) 
 #define SPSS_HOT SPSS_MULTIARCH
 #define SPSS_HOT_INLINE SPSS_INLINE
 #include "cpu/minimal_filtering.h"
-#include "cpu/upsampling.h"
+#include "cpu/direct_convolution.h"
 
 namespace spss {
 
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve(x, weight);
-  return x.scalar_type() == at::kFloat ? convolved(x, weight) : convolve_bf16(x, weight);
+  if (x.scalar_type() != at::kFloat) return convolve_bf16(x, weight);
+  return x.size(1) == 1 ? convolved_channel(x, weight) : convolved(x, weight);
 }
 
 std::tuple<at::Tensor, at::Tensor> convolve_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   check_convolve(x, weight);
-  TORCH_CHECK_VALUE(grad.sizes() == x.sizes() && grad.scalar_type() == x.scalar_type(),
-                    "grad must be of x's shape and dtype");
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes[1] = weight.size(0);
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes) && grad.scalar_type() == x.scalar_type(),
+                    "grad must be of y's shape and dtype");
+  if (x.size(1) == 1) {  // by torch's own
+    const auto [dx, dweight, _] = at::convolution_backward(
+        grad, x, weight.to(x.scalar_type()), std::nullopt, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, false, {0, 0, 0}, 1,
+        {x_grad, weight_grad, false});
+    const at::Tensor none = at::empty({0}, x.options());
+    return {x_grad ? in_order(dx) : none, weight_grad ? at::empty_like(weight).copy_(dweight) : none.to(at::kFloat)};
+  }
   const auto backward = x.scalar_type() == at::kFloat ? convolved_backward : convolve_bf16_backward;
   return backward(grad, x, weight, x_grad, weight_grad);
 }

@@ -59,7 +59,7 @@ SPSS_HOT_INLINE void add_multiple(Vector& sum, const BFloat16* pair, const Row& 
 }  // namespace spss
 
 #include "cpu/minimal_filtering.h"
-#include "cpu/upsampling.h"
+#include "cpu/direct_convolution.h"
 
 namespace spss {
 namespace {
@@ -73,7 +73,7 @@ void check_cpu() {
 
 at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight) {
   check_cpu();
-  return convolved(x, weight);
+  return x.size(1) == 1 ? convolved_channel(x, weight) : convolved(x, weight);
 }
 
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(

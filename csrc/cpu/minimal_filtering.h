@@ -32,8 +32,6 @@
 // Products need not be rounded before they are added.
 #pragma GCC optimize("fp-contract=fast")
 
-#define SPSS_UNROLL _Pragma("GCC unroll 64")
-
 namespace spss {
 namespace {
 

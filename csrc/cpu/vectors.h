@@ -2,6 +2,7 @@
 #pragma once
 
 #define SPSS_INLINE inline __attribute__((always_inline))
+#define SPSS_UNROLL _Pragma("GCC unroll 64")
 
 // how a vector would be returned is another matter with AVX than without, but these are inlined
 #pragma GCC diagnostic ignored "-Wpsabi"

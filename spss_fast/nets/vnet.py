@@ -51,6 +51,8 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
         if is_faster_transposed(x, convolution.weight):
             return convolve_transposed(x, convolution.weight)
         return F.conv_transpose3d(x, convolution.weight, stride=convolution.stride)
+    if x.shape[1] == 1 and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # the image, as autocast would
     if is_faster(x, convolution.weight):
         return convolve(x, convolution.weight)
     if x.device.type == "cpu" and 3 in convolution.kernel_size and (1 in x.shape[2:] or x.shape[2] == 2):

@@ -4,7 +4,8 @@
 For the former minimal filtering takes 64 products a pair of channels for eight outputs, where a direct convolution
 takes 216. In float32 its sums are as exact; in bfloat16 it multiplies rounded sums of values and of weights. Source:
 Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016, in three dimensions:
-F(2 x 2 x 2, 3 x 3 x 3). The latter is four matrix products a row of voxels, each of which writes a row of the result.
+F(2 x 2 x 2, 3 x 3 x 3). A single channel, which would gain nothing by it, is convolved directly. The latter is four
+matrix products a row of voxels, each of which writes a row of the result.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """``F.conv3d(x, weight, padding=1)``, differentiable in both.
 
     Args:
-        x: (B, C, H, W, D) float32 or bfloat16 with C of 8, 16, 32, 64 or 128; read in place if channels last.
-        weight: (C, C, 3, 3, 3) float32.
+        x: (B, C, H, W, D) float32 or bfloat16 with C of 8, 16, 32, 64 or 128, read in place if channels last; or with C
+            of 1.
+        weight: (C, C, 3, 3, 3) float32; of one channel (O, 1, 3, 3, 3) with O a multiple of 8.
 
     Returns:
-        (B, C, H, W, D) of x's dtype, by the C++ operator channels last, whatever autocast says. Deterministic for a
-        number of threads. The gradient is once differentiable.
+        (B, C or O, H, W, D) of x's dtype, by the C++ operator channels last, whatever autocast says. Deterministic for
+        a number of threads. The gradient, of one channel torch's own, is once differentiable.
 
         bfloat16 maps go through the C++ operator on CPUs with AVX512-BF16. It errs by 5e-3 of the result's norm, twice
-        as much as what bfloat16 itself rounds; its gradient of the weight is float32.
+        as much as what bfloat16 itself rounds, of one channel no more than that; its gradient of the weight is float32.
 
     Raises:
         TypeError: an argument is no tensor, or of another dtype.
@@ -46,11 +48,14 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """
     checks.is_tensor("x", x, *DTYPES)
     checks.is_tensor("weight", weight, torch.float32)
-    if x.ndim != 5 or x.shape[1] not in CHANNELS:
-        raise ValueError(f"x must be (B, C, H, W, D) with C of {CHANNELS}, not of shape {tuple(x.shape)}")
+    if x.ndim != 5 or x.shape[1] not in (1, *CHANNELS):
+        raise ValueError(f"x must be (B, C, H, W, D) with C of {(1, *CHANNELS)}, not of shape {tuple(x.shape)}")
     if 0 in x.shape[2:]:
         raise ValueError(f"x must have voxels, not be of shape {tuple(x.shape)}")
-    checks.has_shape("weight", weight, (x.shape[1], x.shape[1], 3, 3, 3), "x", x)
+    outputs = weight.shape[0] if x.shape[1] == 1 and weight.ndim == 5 else x.shape[1]
+    if outputs == 0 or outputs % 8:
+        raise ValueError(f"weight must be (O, 1, 3, 3, 3) with O a multiple of 8, not of shape {tuple(weight.shape)}")
+    checks.has_shape("weight", weight, (outputs, x.shape[1], 3, 3, 3), "x", x)
     if backends.use_reference("convolution", x) or (x.dtype == torch.bfloat16 and not MULTIPLIES_BF16):
         with torch.autocast(x.device.type, enabled=False):
             return reference(x, weight)
@@ -98,12 +103,17 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
 
     That is so of float32 on CPUs with AVX2 only, and of float32 and bfloat16 on those with AVX512-BF16 but without AMX,
     whose matrix units are beyond it; others were not measured. And there must be so many tiles of eight outputs that
-    the transforms of data outweigh that of the filter.
+    the transforms of data outweigh that of the filter. One channel is convolved faster to 8 or 16 on CPUs with
+    AVX512-BF16 but without AMX, where no gradients are wanted.
     """
-    channels = x.shape[1]
-    if not _takes(x, weight) or channels not in CHANNELS or weight.shape != (channels, channels, 3, 3, 3):
+    channels, measured = x.shape[1], MULTIPLIES_BF16 and not HAS_AMX
+    if not _takes(x, weight):
         return False
-    measured, least = MULTIPLIES_BF16 and not HAS_AMX, 3 * channels
+    if weight.shape in ((8, 1, 3, 3, 3), (16, 1, 3, 3, 3)) and channels == 1:
+        return measured and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    if channels not in CHANNELS or weight.shape != (channels, channels, 3, 3, 3):
+        return False
+    least = 3 * channels
     if x.dtype == torch.float32:
         measured, least = measured or torch.backends.cpu.get_cpu_capability() == "AVX2", 2 * channels
     tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) * ((x.shape[4] + 1) // 2)
@@ -128,7 +138,8 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
 
 @torch.library.register_fake("spss_fast::convolve")
 def _fake(x, weight):
-    return torch.empty_like(x, memory_format=torch.channels_last_3d)
+    maps = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+    return maps.contiguous(memory_format=torch.channels_last_3d)
 
 
 @torch.library.register_fake("spss_fast::convolve_backward")

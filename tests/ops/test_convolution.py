@@ -46,7 +46,9 @@ def test_is_as_near_to_float64_as_torchs_own(shape):
 
 @BF16
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "channels_last"])
-@pytest.mark.parametrize("shape", [*filter(all, SHAPES), (4, 16, 24, 24, 20), (1, 8, 5, 12, 43), (2, 64, 9, 8, 7)])
+@pytest.mark.parametrize("shape", [
+    *(s for s in SHAPES if all(s) and s[1] > 1), (4, 16, 24, 24, 20), (1, 8, 5, 12, 43), (2, 64, 9, 8, 7),
+])
 def test_bfloat16_errs_no_more_than_three_times_what_torchs_own_does(shape, layout):
     """Of maps as batch norm leaves them, half of them zero, and weights as they are: of both the transforms' sums
     are rounded, where torch rounds weights and results alone."""
@@ -144,9 +146,15 @@ def test_refuses_what_it_does_not_compute():
         ((x[0], weight), ValueError, "x must be"),
         ((x[..., :0], weight), ValueError, "x must have voxels"),
         ((x, weight[:, :4]), ValueError, "weight must be"),
+        ((x[:, :1], weight), ValueError, "weight must be"),
+        ((x[:, :1], weight[:4, :1]), ValueError, "weight must be .* O a multiple of 8"),
+        ((x[:, :1], weight[0]), ValueError, "weight must be"),
     ):
         with pytest.raises(error, match=message):
             convolve(*arguments)
+        if "cpu" in available("convolution", "cpu"):
+            with pytest.raises(error, match="must"):
+                torch.ops.spss_fast.convolve(*arguments)
 
 
 @COMPILED
@@ -212,7 +220,7 @@ def test_the_v_net_takes_it_and_gives_what_it_gives_without(machine, monkeypatch
         actual = network(x)
         monkeypatch.setattr(vnet, "is_faster", lambda x, weight: False)
         expected = network(x)
-    # not the first convolution, of one channel, nor the deepest, of too few voxels
+    # not the first convolution, of one channel, which was not measured there, nor the deepest, of too few voxels
     assert taken == [16, 16, 32, 32, 32, 32, 32, 32, 16, 16, 8]
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
 
@@ -232,6 +240,10 @@ def test_the_v_net_takes_it_in_bfloat16(machine, monkeypatch):
             y = network(x)
         return [y.detach(), *torch.autograd.grad(y.float().square().mean(), weights)]
 
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        network(x)
+    assert taken.pop(0) == 1  # the image, where nothing is to be differentiated
+    taken.clear()
     ours = step(True)
     assert taken == [16, 16, 32, 32, 32, 32, 32, 32, 16, 16, 8]
     monkeypatch.setattr(vnet, "is_faster", lambda x, weight: False)
@@ -240,6 +252,35 @@ def test_the_v_net_takes_it_in_bfloat16(machine, monkeypatch):
         assert actual.dtype == other.dtype
         error, others = ((t.float() - expected).norm() for t in (actual, other))
         assert error < 3 * others + 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 3e-7), pytest.param(torch.bfloat16, 2.6e-3, marks=BF16)])
+@pytest.mark.parametrize("outputs, sides", [(8, (8, 9, 24)), (24, (3, 4, 7)), (16, (1, 2, 1)), (16, (4, 1, 50))])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_one_channel_is_as_near_to_float64_as_the_result_is_rounded(outputs, sides, layout, dtype, error):
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, *sides).to(dtype)
+    weight = arrange(torch.randn(outputs, 1, 3, 3, 3).to(dtype).float(), layout)  # of which nothing is rounded
+    y, exact = convolve(x, weight), F.conv3d(x.double(), weight.double(), padding=1)
+    assert y.dtype == dtype and (y - exact).norm() < error * exact.norm()
+
+
+@COMPILED
+def test_one_channel_is_chosen_where_nothing_is_differentiated(machine):
+    x, weight = torch.zeros(1, 1, 4, 4, 4), torch.zeros(8, 1, 3, 3, 3)
+    for kind, chosen in (
+        (("AVX2",), False), (("AVX512",), False), (("AVX512", True), True), (("AVX512", True, True), False),
+    ):
+        machine(*kind)
+        assert is_faster(x, weight) == chosen
+    machine("AVX512", True)
+    for leaf in (x, weight):
+        leaf.requires_grad_()
+        assert not is_faster(x, weight)
+        with torch.no_grad():
+            assert is_faster(x, weight)
+        leaf.requires_grad_(False)
+    assert not is_faster(x, torch.zeros(32, 1, 3, 3, 3))
 
 
 def _transposed(x, weight):
