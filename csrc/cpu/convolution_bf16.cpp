@@ -1,5 +1,5 @@
-// convolve and convolve_transposed of bfloat16 maps, on CPUs with AVX512-BF16: an instruction multiplies pairs of bfloat16 and adds both products
-// to float32. The transforms are float32, and so is the filter until it is transformed.
+// convolve and convolve_transposed of bfloat16 maps, on CPUs with AVX512-BF16: an instruction multiplies pairs of
+// bfloat16 and adds both products to float32. The transforms are float32, and so is the filter until it is transformed.
 #include "cpu/multiarch.h"
 
 #if SPSS_HAS_FMA

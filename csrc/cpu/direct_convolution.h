@@ -105,7 +105,8 @@ at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight) {
 }
 
 // 3 x 3 x 3 convolution of one channel: a row is the sum of nine products, of three neighbours on each of nine rows of
-// the image and three taps. Where pairs are multiplied, the third tap's partner is zero.
+// the image and three taps. Where pairs are multiplied, the third tap's partner is zero: what is not finite reaches one
+// voxel further then.
 
 constexpr int64_t kGroups = (3 + kGroup - 1) / kGroup;  // of a row's taps
 constexpr int kSumsOfTaps = std::min(16, kSums);        // fewer, as what a voxel reads its neighbours read again
@@ -156,7 +157,7 @@ void convolved_row(const Element* x, int64_t voxels, int64_t row, int64_t plane,
 
 at::Tensor convolved_channel(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t h = x.size(2), w = x.size(3), d = x.size(4), outputs = weight.size(0);
-  const at::Tensor padded = at::constant_pad_nd(x, {1, 1 + kGroup, 1, 1, 1, 1}).contiguous();
+  const at::Tensor padded = at::constant_pad_nd(x, {1, kGroup, 1, 1, 1, 1}).contiguous();
   const int64_t row = padded.size(4), plane = padded.size(3) * row;
   const at::Tensor y = empty_maps(x, {x.size(0), outputs, h, w, d});
   const auto filter = nine_rows(weight);
