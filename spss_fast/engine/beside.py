@@ -132,8 +132,12 @@ class InThread(InTurn):
 
 @functools.cache
 def _openmp() -> Callable[[int], None] | None:
-    """OpenMP's function that sets the calling thread's number of threads, of the library that torch runs on."""
-    return getattr(ctypes.CDLL(torch._C.__file__), "omp_set_num_threads", None)
+    """OpenMP's function that sets the calling thread's number of threads, of the library that torch runs on; None where
+    that is another, or hidden."""
+    try:
+        return ctypes.CDLL(torch._C.__file__).omp_set_num_threads
+    except (AttributeError, OSError):
+        return None
 
 
 def set_own_threads(count: int) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from spss_fast.config import resolve
+from spss_fast.engine import beside
 from spss_fast.engine.beside import InThread, InTurn, choose_beside
 from spss_fast.engine.step import State
 
@@ -23,34 +24,34 @@ def three_threads():
 
 
 def _beside(networks: tuple[nn.Module, ...] = ()) -> InThread:
-    beside = choose_beside(CPU, networks, False)
-    if not isinstance(beside, InThread):
+    thread = choose_beside(CPU, networks, False)
+    if not isinstance(thread, InThread):
         pytest.skip("torch runs without OpenMP here")
-    return beside
+    return thread
 
 
 def test_functions_run_one_after_the_other_and_return(three_threads):
-    beside, begin, order = _beside(), threading.Event(), []
+    thread, begin, order = _beside(), threading.Event(), []
 
     def add(x: torch.Tensor) -> torch.Tensor:
         begin.wait(60)
         order.append(float(x))
         return x + 1
 
-    results = [beside.run(add, torch.tensor(float(i))) for i in range(3)]
+    results = [thread.run(add, torch.tensor(float(i))) for i in range(3)]
     assert order == []  # the caller was not held up
     begin.set()
     assert [float(result.receive()) for result in results] == [1, 2, 3] and order == [0, 1, 2]
 
 
 def test_an_error_comes_to_whoever_asks_for_the_result(three_threads):
-    beside = _beside()
+    thread = _beside()
 
     def fail() -> None:
         raise ValueError("no such slice")
 
-    failed, after = beside.run(fail), beside.run(lambda: failed.value)
-    beside.settle()
+    failed, after = thread.run(fail), thread.run(lambda: failed.value)
+    thread.settle()
     for result in (failed, after):
         with pytest.raises(ValueError, match="no such slice"):
             result.receive()
@@ -58,42 +59,45 @@ def test_an_error_comes_to_whoever_asks_for_the_result(three_threads):
 
 def test_the_cores_are_shared_while_something_runs_beside(three_threads):
     network = nn.Sequential(nn.Identity(), nn.Identity())
-    beside, end = _beside((network,)), threading.Event()
+    thread, end = _beside((network,)), threading.Event()
 
     def threads() -> int:
         end.wait(60)
         return torch.get_num_threads()
 
     for _ in range(2):
-        running = beside.run(threads)
+        running = thread.run(threads)
         assert torch.get_num_threads() == 2
         end.set()
         assert running.value == 1
-        while not beside.last.done():
+        while not thread.last.done():
             pass
         network(torch.zeros(1))  # the next block of the network takes all cores back
         assert torch.get_num_threads() == 3
         end.clear()
     elsewhere = []
-    thread = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
-    thread.start(), thread.join()
+    other = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+    other.start(), other.join()
     assert elsewhere == [3]  # torch's own number, which a loader's thread restores, is as it was
 
 
 def test_all_cores_come_back_when_it_is_settled(three_threads):
-    beside, begin = _beside(), threading.Event()
-    beside.run(begin.wait, 60)
+    thread, begin = _beside(), threading.Event()
+    thread.run(begin.wait, 60)
     assert torch.get_num_threads() == 2
     begin.set()
-    beside.settle()
-    assert beside.last.done() and torch.get_num_threads() == 3
+    thread.settle()
+    assert thread.last.done() and torch.get_num_threads() == 3
 
 
-def test_where_there_is_one_core_or_bits_count_it_runs_in_turn(three_threads):
+def test_where_there_is_one_core_or_bits_count_it_runs_in_turn(three_threads, monkeypatch):
     settings = {"patch": "32,32,16", "filters": 2}
     exact = State(resolve("la", settings | {"deterministic": True}), CPU, None)
     assert type(exact.beside) is InTurn
     torch.set_num_threads(1)
     assert type(State(resolve("la", settings), CPU, None).beside) is InTurn
+    torch.set_num_threads(3)
+    monkeypatch.setattr(beside, "_openmp", lambda: None)  # as on Windows
+    assert type(choose_beside(CPU, (), False)) is InTurn
     caller = threading.get_ident()
     assert exact.beside.run(threading.get_ident).receive() == caller
