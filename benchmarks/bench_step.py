@@ -190,7 +190,7 @@ def registration(provider: str, config: Config, device: str, case: str):
     def labels() -> Tensor:
         if provider == "spss_fast":
             classes = config.data.class_count
-            flows = state.neighbour_flows(labeled)
+            flows = state.outward_flows(labeled, index)
             return registration_labels(flows, batch.annotation, index, classes, config.registration)
         return imported_straightforward().carried_labels(
             state.registration, labeled, annotation, index, config.registration

@@ -25,7 +25,7 @@ from spss_fast.data.selection import halving_slice
 from spss_fast.engine import checkpoint
 from spss_fast.engine.device import resolve_amp, resolve_device
 from spss_fast.engine.pseudo_labels import registration_labels
-from spss_fast.engine.registration import neighbour_flows
+from spss_fast.engine.registration import outward_flows
 from spss_fast.engine.run_folder import RunFolder
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.settings import Config
@@ -41,11 +41,13 @@ def dice_by_slice(case: PreparedCase, network: torch.nn.Module, config: Config, 
     label = np.array(case.label())
     volume = torch.from_numpy(case.image)[None].to(device)
     amp = resolve_amp(config.training.amp, device)
-    flows = neighbour_flows(network, volume, amp)
-    dice = np.full(label.shape[2], np.nan)
+    depth = label.shape[2]
+    up, down = (outward_flows(network, volume, torch.tensor([z], device=device), amp) for z in (0, depth - 1))
+    dice = np.full(depth, np.nan)
     for z in np.flatnonzero(label.any((0, 1))):
         annotation = torch.from_numpy(label[None, :, :, z].copy())
         where = torch.tensor([z], device=device)
+        flows = torch.cat([down[:, :z], up[:, z:]], 1)
         carried = registration_labels(flows, annotation, where, config.data.class_count, config.registration)
         dice[z] = metrics.dice(carried[0].cpu().numpy() > 0, label > 0)
     return dice

@@ -20,7 +20,7 @@ from spss_fast.data.cache import PreparedCase
 from spss_fast.data.sampling import TrainingVolume
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.pseudo_labels import registration_labels
-from spss_fast.engine.registration import neighbour_flows
+from spss_fast.engine.registration import outward_flows
 from spss_fast.files import atomically, write_json
 from spss_fast.settings import Config, DataSettings
 
@@ -68,9 +68,10 @@ def evaluate_labels(
     for volume in volumes:
         if volume.reference is None:
             continue
+        index = torch.tensor([volume.index], device=device)
         label = registration_labels(
-            neighbour_flows(network, volume.image[None].to(device), amp), volume.annotation[None],
-            torch.tensor([volume.index], device=device), config.data.class_count, config.registration,
+            outward_flows(network, volume.image[None].to(device), index, amp), volume.annotation[None], index,
+            config.data.class_count, config.registration,
         )
         rows[volume.name] = metrics.evaluate_classes(
             label[0].cpu().numpy(), volume.reference.numpy(), config.data.class_values

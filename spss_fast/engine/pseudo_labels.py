@@ -14,13 +14,13 @@ from spss_fast.settings import RegistrationSettings
 
 
 def registration_labels(
-    flows: tuple[Tensor, Tensor], annotation: Tensor, index: Tensor, classes: int, settings: RegistrationSettings,
+    flows: Tensor, annotation: Tensor, index: Tensor, classes: int, settings: RegistrationSettings,
 ) -> Tensor:
     """Carry each annotated slice through its volume (step 2).
 
-    ``flows`` of the volumes by :func:`~spss_fast.engine.registration.neighbour_flows`, each (L, d - 1, 2, h, w);
-    ``annotation`` (L, h, w) uint8 in [0, C = ``classes``), on the CPU; ``index`` (L,) int64, its slice z*. Returns
-    uint8 in [0, C) of shape (L, h, w, d) on the device of ``flows``.
+    ``flows`` (L, d - 1, 2, h, w) by :func:`~spss_fast.engine.registration.outward_flows` from ``index`` (L,) int64, the
+    annotated slices z*; ``annotation`` (L, h, w) uint8 in [0, C = ``classes``), on the CPU. Returns uint8 in [0, C) of
+    shape (L, h, w, d) on the device of ``flows``.
 
     Every foreground class is carried on its own. So is each of the ``structures`` largest components that it has in the
     annotated slice, because keeping the largest component on the way would lose one of a pair of organs; with 1, a
@@ -30,10 +30,11 @@ def registration_labels(
     parts, count = masks.flatten(0, 1), settings.structures
     if count > 1:
         parts = split_structures(parts, count)
-    chains, device = len(parts) // max(1, len(annotation)), flows[0].device  # per volume
-    up, down = (flow if chains == 1 else flow.repeat_interleave(chains, 0) for flow in flows)
+    chains, device = len(parts) // max(1, len(annotation)), flows.device  # per volume
+    if chains > 1:
+        flows = flows.repeat_interleave(chains, 0)
     labels = propagate(
-        upload(parts, device), index.repeat_interleave(chains), up, down, opening=settings.opening,
+        upload(parts, device), index.repeat_interleave(chains), flows, flows, opening=settings.opening,
         closing=settings.closing, far_distance=settings.far_distance, far_iterations=settings.far_iterations,
     )
     if chains == 1:

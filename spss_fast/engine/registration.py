@@ -97,21 +97,20 @@ def registration_steps(
 
 
 @torch.no_grad()
-def neighbour_flows(network: nn.Module, volumes: Tensor, amp: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Displacements between all neighbouring slices of ``volumes`` (B, h, w, d), in one batched forward, or in several
-    where they hold more than :data:`FLOW_PIXELS`.
+def outward_flows(network: nn.Module, volumes: Tensor, index: Tensor, amp: torch.dtype | None) -> Tensor:
+    """Displacements between neighbouring slices of ``volumes`` (B, h, w, d), away from the slices ``index`` (B,) int64,
+    in one batched forward, or in several where they hold more than :data:`FLOW_PIXELS`.
 
-    Returns ``(up, down)``, each (B, d - 1, 2, h, w) in voxels: up[:, z] takes slice z to z + 1, down[:, z] takes
-    slice z + 1 to z.
+    Returns (B, d - 1, 2, h, w) in voxels: [b, z] takes slice z to z + 1 from index[b] on, and slice z + 1 to z before
+    it. The ways back carry no label.
     """
     batch, _, _, depth = volumes.shape
     volumes, (rows, columns, _) = padded(volumes, (SMALLEST_SIDE, SMALLEST_SIDE, depth))
     slices = volumes.movedim(-1, 1)
-    lower, upper = slices[:, :-1].flatten(0, 1)[:, None], slices[:, 1:].flatten(0, 1)[:, None]
-    moving, fixed = torch.cat([lower, upper]), torch.cat([upper, lower])
+    lower, upper = slices[:, :-1], slices[:, 1:]
+    upwards = (torch.arange(depth - 1, device=index.device) >= index[:, None])[..., None, None]
+    moving, fixed = (torch.where(upwards, *pair).flatten(0, 1)[:, None] for pair in ((lower, upper), (upper, lower)))
     count = max(1, FLOW_PIXELS // moving[0].numel())
     with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
         displacement = torch.cat([network(m, f).float() for m, f in zip(moving.split(count), fixed.split(count))])
-    displacement = displacement[..., rows, columns].contiguous()
-    up, down = displacement.unflatten(0, (2, batch, depth - 1))
-    return up, down
+    return displacement[..., rows, columns].contiguous().unflatten(0, (batch, depth - 1))

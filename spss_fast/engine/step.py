@@ -17,7 +17,7 @@ from spss_fast.engine.device import upload
 from spss_fast.engine.graphs import Replayed
 from spss_fast.engine.profiling import phase
 from spss_fast.engine.pseudo_labels import foreground_masks, fuse, registration_labels, voxel_weights
-from spss_fast.engine.registration import neighbour_flows, registration_steps, sample_pairs
+from spss_fast.engine.registration import outward_flows, registration_steps, sample_pairs
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops.contrastive import contrastive_loss
@@ -47,7 +47,7 @@ class State:
     registration_scaler: torch.amp.GradScaler = field(init=False)
     # the functions of the same names below; on a GPU each is one launch
     registration_steps: Callable[..., Tensor] = field(init=False)
-    neighbour_flows: Callable[[Tensor], tuple[Tensor, Tensor]] = field(init=False)
+    outward_flows: Callable[[Tensor, Tensor], Tensor] = field(init=False)
     teacher_passes: Callable[..., tuple[Tensor, ...]] = field(init=False)
     monte_carlo: Callable[[Tensor], Tensor] = field(init=False)
     student_passes: Callable[..., tuple[Tensor, ...]] = field(init=False)
@@ -76,7 +76,7 @@ class State:
             torch.amp.GradScaler(self.device.type, enabled=scaled) for _ in range(2)
         )
         self.last_loss = torch.tensor(float("inf"), dtype=torch.float64, device=self.device)
-        functions = _registration_steps, _neighbour_flows, teacher_passes, monte_carlo, student_passes
+        functions = _registration_steps, _outward_flows, teacher_passes, monte_carlo, student_passes
         bound = [functools.partial(f, self) for f in functions]
         self.beside = choose_beside(self.device, (self.student, self.teacher), training.deterministic)
         if self.device.type == "cuda":
@@ -86,7 +86,7 @@ class State:
             # `update` have not been tried in one (the student's only scales the loss there, and steps outside)
             if not scaled and training.optimizer == "torch":
                 bound[0] = Replayed(bound[0], "registration", priority=-1)
-        (self.registration_steps, self.neighbour_flows, self.teacher_passes, self.monte_carlo,
+        (self.registration_steps, self.outward_flows, self.teacher_passes, self.monte_carlo,
          self.student_passes) = bound
 
     def autocast(self) -> torch.autocast:
@@ -130,9 +130,9 @@ def _registration_steps(state: State, volumes: Tensor, labels: Tensor | None, *p
         )
 
 
-def _neighbour_flows(state: State, volumes: Tensor) -> tuple[Tensor, Tensor]:
+def _outward_flows(state: State, volumes: Tensor, index: Tensor) -> Tensor:
     with phase("propagation"):
-        return neighbour_flows(state.registration, volumes, state.amp)
+        return outward_flows(state.registration, volumes, index, state.amp)
 
 
 @torch.no_grad()
@@ -223,7 +223,7 @@ def joint_iteration(state: State, batch: Batch) -> Outputs:
     # 1. registration steps without labels, and 2. registration labels, beside the teacher's passes
     def register() -> tuple[Tensor, Tensor]:
         loss = state.registration_steps(volumes, None, *pairs[:3])
-        flows = state.neighbour_flows(volumes[:labeled])
+        flows = state.outward_flows(volumes[:labeled], index)
         with phase("propagation"):
             return loss, registration_labels(flows, batch.annotation, index, classes, registration)
 

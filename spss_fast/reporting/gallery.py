@@ -22,7 +22,7 @@ from spss_fast.engine.evaluation import Rows
 from spss_fast.engine.inference import sliding_window
 from spss_fast.engine.progress import Progress
 from spss_fast.engine.pseudo_labels import fuse, registration_labels
-from spss_fast.engine.registration import neighbour_flows
+from spss_fast.engine.registration import outward_flows
 from spss_fast.engine.weights import load_student
 from spss_fast.errors import UserError
 from spss_fast.nets.regnet import RegistrationNet
@@ -105,9 +105,10 @@ class _Networks:
 
     def labels(self, image: torch.Tensor, annotation: torch.Tensor, index: int) -> torch.Tensor:
         """The registration label, (1, H, W, D) uint8."""
+        where = torch.tensor([index], device=self.device)
         return registration_labels(
-            neighbour_flows(self.registration, image[None].to(self.device), self.amp), annotation[None],
-            torch.tensor([index], device=self.device), self.config.data.class_count, self.config.registration,
+            outward_flows(self.registration, image[None].to(self.device), where, self.amp), annotation[None], where,
+            self.config.data.class_count, self.config.registration,
         )
 
     def fused(self, label: torch.Tensor, probability: torch.Tensor, annotation: torch.Tensor, index: int) -> np.ndarray:

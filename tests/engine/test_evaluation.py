@@ -48,7 +48,7 @@ def test_registration_labels_are_measured_from_the_annotated_slice_on(monkeypatc
         labels[0, :, :, index[0]] = annotation[0]
         return labels
 
-    monkeypatch.setattr(evaluation, "neighbour_flows", lambda *arguments: None)
+    monkeypatch.setattr(evaluation, "outward_flows", lambda *arguments: None)
     monkeypatch.setattr(evaluation, "registration_labels", slice_alone)
     volumes = [
         SimpleNamespace(name=name, image=reference.float(), annotation=reference[:, :, 2], index=2, reference=full)

@@ -134,7 +134,7 @@ def test_iterations_replayed_beside_each_other_are_the_iterations(amp, monkeypat
         state = State(config, torch.device("cuda"), amp)
         if plain:
             state.beside = InTurn()
-            for name in ("registration_steps", "neighbour_flows", "teacher_passes", "monte_carlo", "student_passes"):
+            for name in ("registration_steps", "outward_flows", "teacher_passes", "monte_carlo", "student_passes"):
                 setattr(state, name, getattr(state, name).function)
         metrics = []
         for batch in batches:

@@ -6,7 +6,7 @@ import torch
 from scipy import ndimage
 
 from spss_fast.engine import pseudo_labels, selfpaced
-from spss_fast.engine.registration import neighbour_flows
+from spss_fast.engine.registration import outward_flows
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.ops import fill_holes
 from spss_fast.settings import RegistrationSettings
@@ -107,10 +107,10 @@ def test_without_displacement_the_annotated_slice_is_copied_through_the_volume()
     torch.manual_seed(0)
     network = RegistrationNet()
     torch.nn.init.zeros_(network.flow.weight)
-    annotation = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    annotation, index = torch.zeros(1, 32, 32, dtype=torch.uint8), torch.tensor([2])
     annotation[0, 8:20, 9:25] = 1
     labels = pseudo_labels.registration_labels(
-        neighbour_flows(network, torch.randn(1, 32, 32, 6), None), annotation, torch.tensor([2]), 2,
+        outward_flows(network, torch.randn(1, 32, 32, 6), index, None), annotation, index, 2,
         RegistrationSettings(opening=1, closing=1),
     )
     assert torch.equal(labels, annotation[..., None].expand(-1, -1, -1, 6))
@@ -122,11 +122,11 @@ def test_paired_organs_are_carried_each_on_their_own():
     annotation = torch.zeros(2, 32, 32, dtype=torch.uint8)
     annotation[0, 4:12, 4:12], annotation[0, 4:10, 20:28], annotation[0, 25:27, 25:27] = 1, 1, 1
     annotation[1, 20:30, 5:9] = 1
-    parts = pseudo_labels.split_structures(annotation, 2)
+    parts, index = pseudo_labels.split_structures(annotation, 2), torch.tensor([0, 3])
     assert parts.sum((1, 2)).tolist() == [64, 48, 40, 0]
     for structures, kept in ((1, [64, 40]), (2, [112, 40])):
         labels = pseudo_labels.registration_labels(
-            neighbour_flows(network, torch.randn(2, 32, 32, 4), None), annotation, torch.tensor([0, 3]), 2,
+            outward_flows(network, torch.randn(2, 32, 32, 4), index, None), annotation, index, 2,
             RegistrationSettings(opening=1, closing=1, structures=structures),
         )
         assert labels[0, :, :, 3].sum() == kept[0] and labels[1, :, :, 0].sum() == kept[1]
@@ -148,7 +148,7 @@ def test_classes_are_carried_as_they_would_be_alone(structures):
     annotation[:, 3:13, 3:13], annotation[:, 18:28, 2:13], annotation[0, 18:30, 18:30] = 1, 2, 1
     annotation[1, 18:30, 18:30] = 3
     settings = RegistrationSettings(opening=3, closing=1, structures=structures)
-    flows = neighbour_flows(network, volumes, None)
+    flows = outward_flows(network, volumes, index, None)
     labels = pseudo_labels.registration_labels(flows, annotation, index, 4, settings)
     assert labels.dtype == torch.uint8 and labels.shape == volumes.shape
     for c in (1, 2, 3):
@@ -166,8 +166,9 @@ def test_a_lesion_is_not_closed_over_by_its_organ(lesion, organ):
     annotation = torch.zeros(1, 32, 32, dtype=torch.uint8)
     annotation[0, 6:26, 6:26], annotation[0, 14:17, 14:17] = organ, lesion
     settings = RegistrationSettings(opening=1, closing=5, far_distance=1, far_iterations=1)
-    flows = neighbour_flows(network, torch.zeros(1, 32, 32, 6), None)
-    labels = pseudo_labels.registration_labels(flows, annotation, torch.tensor([0]), 3, settings)
+    index = torch.tensor([0])
+    flows = outward_flows(network, torch.zeros(1, 32, 32, 6), index, None)
+    labels = pseudo_labels.registration_labels(flows, annotation, index, 3, settings)
     assert torch.equal(labels, annotation[..., None].expand(-1, -1, -1, 6))
 
 

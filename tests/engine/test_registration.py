@@ -42,32 +42,32 @@ def test_flows_of_slices_that_are_smaller_than_the_network_takes():
     network, volumes = RegistrationNet(), torch.randn(2, 12, 15, 4)
     torch.nn.init.normal_(network.flow.weight, 0, 0.1)
     padded = torch.nn.functional.pad(volumes, (0, 0, 0, 1, 2, 2), value=float(volumes.min()))
-    for small, large in zip(*(registration.neighbour_flows(network, v, None) for v in (volumes, padded))):
-        assert small.shape == (2, 3, 2, 12, 15)
-        torch.testing.assert_close(small, large[..., 2:14, :15])
+    small, large = (registration.outward_flows(network, v, torch.tensor([0, 2]), None) for v in (volumes, padded))
+    assert small.shape == (2, 3, 2, 12, 15)
+    torch.testing.assert_close(small, large[..., 2:14, :15])
 
 
-def test_flows_of_one_batched_forward_are_those_of_each_pair():
+def test_flows_of_one_batched_forward_are_those_of_each_pair_away_from_the_annotated_slice():
     torch.manual_seed(0)
-    network, volumes = RegistrationNet(), torch.randn(2, 32, 32, 4)
+    network, volumes, index = RegistrationNet(), torch.randn(4, 32, 32, 4), [0, 1, 2, 3]
     torch.nn.init.normal_(network.flow.weight, 0, 0.1)
-    up, down = registration.neighbour_flows(network, volumes, None)
-    assert up.shape == down.shape == (2, 3, 2, 32, 32)
-    for b in range(2):
+    flows = registration.outward_flows(network, volumes, torch.tensor(index), None)
+    assert flows.shape == (4, 3, 2, 32, 32)
+    for b, annotated in enumerate(index):
         for z in range(3):
-            lower, upper = (volumes[b, :, :, s][None, None] for s in (z, z + 1))
-            torch.testing.assert_close(up[b, z], network(lower, upper)[0], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(down[b, z], network(upper, lower)[0], rtol=1e-4, atol=1e-5)
+            pair = [volumes[b, :, :, s][None, None] for s in (z, z + 1)]
+            moving, fixed = pair if z >= annotated else pair[::-1]
+            torch.testing.assert_close(flows[b, z], network(moving, fixed)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_flows_of_large_volumes_take_several_forwards(monkeypatch):
     torch.manual_seed(0)
-    network, volumes, pairs = RegistrationNet(), torch.randn(2, 16, 32, 5), []
+    network, volumes, index, pairs = RegistrationNet(), torch.randn(4, 16, 32, 5), torch.tensor([2, 0, 4, 1]), []
     torch.nn.init.normal_(network.flow.weight, 0, 0.1)
-    whole = registration.neighbour_flows(network, volumes, None)
+    whole = registration.outward_flows(network, volumes, index, None)
     monkeypatch.setattr(registration, "FLOW_PIXELS", 3 * 16 * 32)
     network.register_forward_pre_hook(lambda _, inputs: pairs.append(len(inputs[0])))
-    torch.testing.assert_close(registration.neighbour_flows(network, volumes, None), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(registration.outward_flows(network, volumes, index, None), whole, rtol=1e-4, atol=1e-5)
     assert pairs == [3, 3, 3, 3, 3, 1]
 
 
@@ -126,7 +126,7 @@ def test_registration_learns_a_drift_and_labels_help():
     registration.registration_steps(network, optimizer, volume, None, pairs, settings, None)
     labels = torch.stack([volume > 0.5, volume > 0.9], 1).to(torch.uint8)
     registration.registration_steps(network, optimizer, volume, labels, pairs, settings, None)
-    up, _ = registration.neighbour_flows(network, volume, None)
+    up = registration.outward_flows(network, volume, torch.tensor([0]), None)
     moving, fixed = volume[0].movedim(-1, 0)[:-1, None], volume[0].movedim(-1, 0)[1:, None]
     before = (moving - fixed).square().mean()
     after = (warp(moving, up[0]) - fixed).square().mean()

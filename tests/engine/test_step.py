@@ -54,7 +54,7 @@ def test_an_iteration_is_its_steps(t, pace, lr):
         return registration.registration_steps(network, adam, volumes[:count], labels, pairs[count], settings, None)
 
     loss_registration = steps(None, 4)  # on all volumes
-    flows = registration.neighbour_flows(network, volumes[:2], None)  # 2
+    flows = registration.outward_flows(network, volumes[:2], batch.index, None)  # 2
     reg = pseudo_labels.registration_labels(flows, batch.annotation, batch.index, 3, settings)
     with torch.no_grad():
         p_t = teacher(selfpaced.clipped_noise(batch.image, selection))[:2].softmax(1)  # 3
