@@ -1,7 +1,8 @@
-"""The V-Net's convolutions against torch's own, which are oneDNN's: a GPU has no other here.
+"""The networks' convolutions against torch's own, which are oneDNN's: a GPU has no other here.
 
-The sizes are those of the V-Net's levels at half resolution and width, and of LA's first two. Of the image's
-convolution and of those upwards the forward pass alone is measured, as torch does the rest.
+The sizes are those of the V-Net's levels at half resolution and width, and of LA's first two, and of the registration
+net's last convolution for both. Of the image's convolution and of those upwards the forward pass alone is measured, as
+torch does the rest.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spss_fast.ops import convolve, convolve_transposed
+from spss_fast.ops import convolve, convolve_transposed, flow_head
 from spss_fast.ops.convolution import MULTIPLIES_BF16
 
 SIZES = [
@@ -97,3 +98,28 @@ def bench_forward(measure, device, kind, sizes, name, provider):
     assert (y - expected).norm() < TOLERANCE[name] * expected.norm()
     measure(run, operator="convolution", case=f"{kind}, forward, {name}", size="x".join(map(str, sizes[0])),
             provider=provider, elements=y.numel() * sizes[1][1], bytes=x.nbytes + y.nbytes)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize("shape", [(16, 16, 64, 64), (32, 16, 112, 112)], ids=lambda shape: "x".join(map(str, shape)))
+def bench_flow_head(measure, device, shape, name, case, provider):
+    dtype = _dtype(device, name)
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 16, 3, 3) / 12, torch.randn(2)
+    upstream = torch.randn(shape[0], 2, *shape[2:])
+
+    def run(by: str = provider):
+        leaves = leaves_of[by]
+        # torch's in the maps' dtype, and then the float32 that a warp takes
+        y = flow_head(*leaves) if by == "spss_fast" else F.conv2d(*leaves, padding=1).float()
+        return torch.autograd.grad(y, leaves, upstream) if CASES[case] else [y]
+
+    inputs = {"spss_fast": (x, weight, bias), "torch": (x, weight.to(dtype), bias.to(dtype))}
+    leaves_of = {by: [t.detach().requires_grad_(CASES[case]) for t in of_one] for by, of_one in inputs.items()}
+    for actual, expected in zip(run(), run("torch")):
+        assert (actual - expected).norm() < TOLERANCE[name] * expected.norm()
+    measure(run, operator="convolution", case=f"flow head, {case}, {name}", size="x".join(map(str, shape)),
+            provider=provider, elements=2 * x.numel(), bytes=(3 if CASES[case] else 1) * x.nbytes)

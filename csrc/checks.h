@@ -205,4 +205,29 @@ inline void check_convolve_transposed(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
 }
 
+inline void check_flow_head_weight(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+                   "x must be float32 or bfloat16, not ", x.scalar_type());
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == 16, "x must be (B, 16, H, W), not ", x.sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef({2, 16, 3, 3}), "weight must be (2, 16, 3, 3), not ",
+                    weight.sizes());
+  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
+}
+
+inline void check_flow_head(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  check_flow_head_weight(x, weight);
+  TORCH_CHECK_TYPE(bias.scalar_type() == at::kFloat, "bias must be float32, not ", bias.scalar_type());
+  TORCH_CHECK_VALUE(bias.sizes() == at::IntArrayRef({2}), "bias must be (2,), not ", bias.sizes());
+  TORCH_CHECK_VALUE(bias.device() == x.device(), "bias must be on x's device");
+}
+
+inline void check_flow_head_backward(const Tensor& grad, const Tensor& x, const Tensor& weight) {
+  check_flow_head_weight(x, weight);
+  TORCH_CHECK_TYPE(grad.scalar_type() == at::kFloat, "grad must be float32, not ", grad.scalar_type());
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({x.size(0), 2, x.size(2), x.size(3)}),
+                    "grad must be (B, 2, H, W) of x's B, H, W, not ", grad.sizes());
+  TORCH_CHECK_VALUE(grad.device() == x.device(), "grad must be on x's device");
+}
+
 }  // namespace spss

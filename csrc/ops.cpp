@@ -28,5 +28,7 @@ TORCH_LIBRARY_IMPL(spss_fast, CPU, library) {
   library.impl("convolve", &spss::convolve);
   library.impl("convolve_backward", &spss::convolve_backward);
   library.impl("convolve_transposed", &spss::convolve_transposed);
+  library.impl("flow_head", &spss::flow_head);
+  library.impl("flow_head_backward", &spss::flow_head_backward);
 #endif
 }

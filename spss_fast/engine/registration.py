@@ -76,7 +76,7 @@ def registration_steps(
         if amp is not None:
             with torch.no_grad():
                 torch._foreach_copy_(fast_parameters, parameters)
-        displacement = fast(moving.to(amp or moving.dtype), fixed.to(amp or fixed.dtype)).float()
+        displacement = fast(moving.to(amp or moving.dtype), fixed.to(amp or fixed.dtype))
         if label_slices is None:
             warped = warp(moving, displacement)
         else:
@@ -112,5 +112,5 @@ def outward_flows(network: nn.Module, volumes: Tensor, index: Tensor, amp: torch
     moving, fixed = (torch.where(upwards, *pair).flatten(0, 1)[:, None] for pair in ((lower, upper), (upper, lower)))
     count = max(1, FLOW_PIXELS // moving[0].numel())
     with torch.autocast(volumes.device.type, amp, enabled=amp is not None):
-        displacement = torch.cat([network(m, f).float() for m, f in zip(moving.split(count), fixed.split(count))])
+        displacement = torch.cat([network(m, f) for m, f in zip(moving.split(count), fixed.split(count))])
     return displacement[..., rows, columns].contiguous().unflatten(0, (batch, depth - 1))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spss_fast.ops.activation import bias_leaky_relu
+from spss_fast.ops.flow_head import flow_head, is_faster
 
 # a GPU's matrix units take channels by so many; of fewer cuDNN 9.19 pads some bf16 maps, and turns others to float32
 GPU_CHANNELS = 8
@@ -44,6 +45,8 @@ def _layer(block: nn.Sequential, x: Tensor, weight: Tensor | None = None, added:
 def _flow(convolution: nn.Conv2d, x: Tensor) -> Tensor:
     """``convolution(x)``; on a GPU with channels that nobody reads."""
     if not _on_gpu(x):
+        if is_faster(x):
+            return flow_head(x, convolution.weight.float(), convolution.bias.float())
         return convolution(x)
     count = convolution.out_channels
     weight = F.pad(convolution.weight, (0, 0, 0, 0, 0, 0, 0, GPU_CHANNELS - count))
@@ -97,7 +100,8 @@ class RegistrationNet(nn.Module):
         self.register_buffer("summed_taps", _summed_taps().to(self.flow.weight), persistent=False)
 
     def forward(self, moving: Tensor, fixed: Tensor) -> Tensor:
-        """Displacement (B, 2, h, w) that warps ``moving`` onto ``fixed``, both (B, 1, h, w)."""
+        """Displacement (B, 2, h, w) that warps ``moving`` onto ``fixed``, both (B, 1, h, w): as ``warp`` takes it, so
+        float32 if they are, or autocast is, of a half type."""
         pair = [moving, fixed]
         if _on_gpu(moving):
             pair.append(moving.new_zeros(1).expand(len(moving), GPU_CHANNELS - len(pair), *moving.shape[2:]))
@@ -108,4 +112,5 @@ class RegistrationNet(nn.Module):
         for block in self.dec[1:4]:
             x = _up(block, x, levels.pop(), self.summed_taps)
         x = _up(self.dec[5], _layer(self.dec[4], x), levels.pop(), self.summed_taps)
-        return _flow(self.flow, _layer(self.vm2_conv, x))
+        displacement = _flow(self.flow, _layer(self.vm2_conv, x))
+        return displacement.to(torch.promote_types(displacement.dtype, torch.float32))

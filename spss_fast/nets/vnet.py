@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spss_fast.ops.convolution import convolve, convolve_transposed, is_faster, is_faster_transposed
+from spss_fast.ops.convolution import (
+    convolve,
+    convolve_transposed,
+    halve,
+    is_faster,
+    is_faster_halving,
+    is_faster_transposed,
+)
 from spss_fast.ops.norm import batch_norm_relu
 
 
@@ -55,6 +62,8 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # the image, as autocast would
     if is_faster(x, convolution.weight):
         return convolve(x, convolution.weight)
+    if convolution.stride == (2, 2, 2) and is_faster_halving(x, convolution.weight):
+        return halve(x, convolution.weight)
     if x.device.type == "cpu" and 3 in convolution.kernel_size and (1 in x.shape[2:] or x.shape[2] == 2):
         amp = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.autocast("cpu", enabled=False):
@@ -132,7 +141,8 @@ class _Convolutions(nn.Module):
         self.conv = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        for convolution, norm in zip(self.conv[::3], self.conv[1::3]):
+        layers = iter(self.conv)
+        for convolution, norm, _ in zip(layers, layers, layers):
             x = _layer(convolution, norm, x)
         return x
 

@@ -1,5 +1,5 @@
 """The V-Net's convolutions on a CPU: ``F.conv3d(x, weight, padding=1)`` of 3 x 3 x 3 voxels, and upwards
-``F.conv_transpose3d(x, weight, stride=2)`` of 2 x 2 x 2.
+``F.conv_transpose3d(x, weight, stride=2)`` of 2 x 2 x 2, which is also what convolutions downwards send back.
 
 For the former minimal filtering takes 64 products a pair of channels for eight outputs, where a direct convolution
 takes 216. In float32 its sums are as exact; in bfloat16 it multiplies rounded sums of values and of weights. Source:
@@ -101,6 +101,30 @@ def convolve_transposed(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.spss_fast.convolve_transposed(x, weight)
 
 
+class _Halving(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv3d(x, weight.to(x.dtype), stride=2)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (x, weight), (of_x, of_weight), dweight = ctx.saved_tensors, ctx.needs_input_grad, None
+        if of_weight:
+            twos, zeros, ones = [2] * 3, [0] * 3, [1] * 3
+            dweight = torch.ops.aten.convolution_backward(
+                grad, x, weight.to(x.dtype), None, twos, zeros, ones, False, zeros, 1, [False, True, False]
+            )[1].float()
+        return convolve_transposed(grad, weight) if of_x else None, dweight
+
+
+def halve(x: Tensor, weight: Tensor) -> Tensor:
+    """``F.conv3d(x, weight, stride=2)`` in x's dtype, of x (B, I, H, W, D) with even sides and I a multiple of 8, by a
+    float32 weight (O, I, 2, 2, 2) with O even; once differentiable, in x by :func:`convolve_transposed`."""
+    return _Halving.apply(x, weight)
+
+
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`convolve` gives what ``F.conv3d`` would, in the dtype that autocast asks for, and was measured to
     be faster.
@@ -128,7 +152,18 @@ def is_faster_transposed(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`convolve_transposed` gives what ``F.conv_transpose3d`` would, in the dtype that autocast asks for,
     and was measured to be faster: up to 16 channels, on CPUs with AVX512-BF16 but without AMX; others were not
     measured."""
-    fits = _takes(x, weight) and weight.shape[1:] in ((8, 2, 2, 2), (16, 2, 2, 2)) and x.shape[1] % 2 == 0
+    return _takes(x, weight) and _is_measured_upwards(weight)
+
+
+def is_faster_halving(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`halve` gives what ``F.conv3d`` of stride 2 would, in the dtype that autocast asks for, and has a
+    gradient that was measured to be faster: where :func:`convolve_transposed` is."""
+    wanted = torch.is_grad_enabled() and x.requires_grad and not any(side % 2 for side in x.shape[2:])
+    return wanted and _takes(x, weight) and _is_measured_upwards(weight)
+
+
+def _is_measured_upwards(weight: Tensor) -> bool:
+    fits = weight.shape[1:] in ((8, 2, 2, 2), (16, 2, 2, 2)) and weight.shape[0] % 2 == 0
     return fits and MULTIPLIES_BF16 and not HAS_AMX
 
 

@@ -10,7 +10,7 @@ from spss_fast.nets import vnet
 from spss_fast.nets.vnet import VNet
 from spss_fast.ops import backend, convolution, convolve, convolve_transposed
 from spss_fast.ops.backends import available
-from spss_fast.ops.convolution import is_faster, is_faster_transposed
+from spss_fast.ops.convolution import halve, is_faster, is_faster_halving, is_faster_transposed
 
 COMPILED = pytest.mark.skipif(
     "cpu" not in available("convolution", "cpu"),
@@ -393,3 +393,52 @@ def test_the_v_net_takes_the_transposed_convolution(machine, monkeypatch):
         expected = network(x)
     assert taken == [16, 8]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
+def test_halving_gives_torchs_convolution_and_gradients(dtype):
+    torch.manual_seed(0)
+    x, upstream, weight = maps(2, 8, 6, 8, 10).to(dtype), maps(2, 16, 3, 4, 5).to(dtype), torch.randn(16, 8, 2, 2, 2)
+    ours = gradients(halve, x, weight, upstream)
+    torchs = gradients(lambda x, w: F.conv3d(x, w.to(dtype), stride=2), x, weight, upstream)
+    assert torch.equal(ours[0], torchs[0]) and torch.equal(ours[2], torchs[2]) and ours[2].dtype == torch.float32
+    torch.testing.assert_close(ours[1], torchs[1])
+    for wanted in ((True, False), (False, True)):  # one alone
+        leaves = [t.detach().requires_grad_(w) for t, w in zip((x, weight), wanted)]
+        halve(*leaves).backward(upstream)
+        for leaf, of_both, w in zip(leaves, ours[1:], wanted):
+            assert torch.equal(leaf.grad, of_both) if w else leaf.grad is None
+    y = halve(x, weight.requires_grad_()).float().square().sum()
+    (gradient,) = torch.autograd.grad(y, weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@COMPILED
+def test_halving_is_chosen_where_its_gradient_was_measured_to_be_faster(machine):
+    x, weight = torch.zeros(1, 16, 4, 4, 4, requires_grad=True), torch.zeros(32, 16, 2, 2, 2)
+    for kind, chosen in ONLY_WITH_AVX512_BF16:
+        machine(*kind)
+        assert is_faster_halving(x, weight) == chosen
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_faster_halving(x.bfloat16(), weight) == chosen
+            assert not is_faster_halving(x, weight)
+    machine("AVX512", True)
+    assert not is_faster_halving(x.detach(), weight) and not is_faster_halving(x[..., :3], weight)
+    assert not is_faster_halving(torch.zeros(1, 32, 4, 4, 4, requires_grad=True), torch.zeros(64, 32, 2, 2, 2))
+    with torch.no_grad():
+        assert not is_faster_halving(x, weight)
+
+
+@BF16
+def test_the_v_net_takes_halving_where_it_learns(machine, monkeypatch):
+    machine("AVX512", True)
+    torch.manual_seed(0)
+    network = VNet(filters=8, dropout=0.0).to(memory_format=torch.channels_last_3d)
+    x, taken, results = maps(2, 1, 32, 32, 32), [], []
+    monkeypatch.setattr(vnet, "halve", lambda x, weight: taken.append(weight.shape[1]) or halve(x, weight))
+    for chosen in (is_faster_halving, lambda x, weight: False):
+        monkeypatch.setattr(vnet, "is_faster_halving", chosen)
+        results.append(torch.autograd.grad(network(x).square().mean(), network.block_one.conv[0].weight)[0])
+    assert taken == [8, 16]
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-6)

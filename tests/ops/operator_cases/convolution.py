@@ -1,7 +1,7 @@
 import torch
 
 from operator_cases.case import Case
-from spss_fast.ops import convolve, convolve_transposed
+from spss_fast.ops import convolution, convolve, convolve_transposed, flow_head
 
 # every number of channels that are filtered, and a single one; odd sides, sides of one voxel, lines of several parts,
 # parts of a block, an empty batch
@@ -43,8 +43,27 @@ def _raw_transposed(x, weight):
     return [(torch.ops.spss_fast.convolve_transposed.default, (x, weight))]
 
 
+# sides of one pixel, of no whole tile, of several bands of rows; an empty batch
+FLOW_SHAPES = ((2, 16, 9, 6), (1, 16, 17, 20), (3, 16, 1, 1), (1, 16, 2, 33), (0, 16, 3, 4))
+
+
+def _make_flow(shape, dtype, generator):
+    sizes = shape, (2, shape[1], 3, 3), (2,)
+    x, weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return x.to(dtype), (weight / 12).float(), bias.float()
+
+
+def _raw_flow(x, weight, bias):
+    grad = torch.ones(len(x), 2, *x.shape[2:], device=x.device)
+    return [
+        (torch.ops.spss_fast.flow_head.default, (x, weight, bias)),
+        (torch.ops.spss_fast.flow_head_backward.default, (grad, x.detach(), weight.detach())),
+    ]
+
+
 CASES = [
     Case("convolution", "convolve", convolve, _make, SHAPES, dtypes=(torch.float32,), raw=_raw),
     Case("convolution", "convolve_transposed", convolve_transposed, _make_transposed, TRANSPOSED_SHAPES,
          dtypes=(torch.float32,), raw=_raw_transposed),
+    Case("convolution", "flow_head", flow_head, _make_flow, FLOW_SHAPES, dtypes=convolution.DTYPES, raw=_raw_flow),
 ]
