@@ -219,7 +219,7 @@ at::Tensor input_gradient(const at::Tensor& grad, const at::Tensor& x, const at:
   return dx;
 }
 
-// Every slice has sums of its own, so that the number of threads changes nothing.
+// Every band has sums of its own, so that the number of threads changes nothing.
 template <class Element>
 at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x) {
   const Bands bands(x);
