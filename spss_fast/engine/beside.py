@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+# seconds for which either thread may keep Python's interpreter while the other waits for it; Python's own 5 ms are as
+# long as a convolution
+TURN = 0.001
 T = TypeVar("T")
 
 
@@ -101,7 +105,7 @@ class InThread(InTurn):
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads = threads
+        self.threads, self.turn = threads, sys.getswitchinterval()
         self.executor = ThreadPoolExecutor(1, "beside", torch.get_num_threads)  # which has torch set its own defaults
         self.last: Future[Any] | None = None
 
@@ -115,9 +119,10 @@ class InThread(InTurn):
         return _InThread(self.last)
 
     def share(self) -> None:
-        """Leave this thread the cores that nothing beside uses."""
-        beside = self.threads // 2 if self.last is not None and not self.last.done() else 0
-        set_own_threads(self.threads - beside)
+        """Leave this thread the cores that nothing beside uses, and Python as it was where nothing is beside."""
+        beside = self.last is not None and not self.last.done()
+        set_own_threads(self.threads - self.threads // 2 * beside)
+        sys.setswitchinterval(TURN if beside else self.turn)
 
     def share_before_blocks(self, network: nn.Module) -> None:
         """Share anew whenever a block of ``network`` begins."""

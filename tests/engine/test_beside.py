@@ -1,5 +1,6 @@
 """Registration beside the V-Nets on a CPU: order, results, errors, and whose the cores are."""
 
+import sys
 import threading
 
 import pytest
@@ -55,6 +56,15 @@ def test_an_error_comes_to_whoever_asks_for_the_result(three_threads):
     for result in (failed, after):
         with pytest.raises(ValueError, match="no such slice"):
             result.receive()
+
+
+def test_the_threads_take_turns_more_often_while_something_runs_beside(three_threads):
+    before, thread, end = sys.getswitchinterval(), _beside(), threading.Event()
+    thread.run(end.wait, 60)
+    assert sys.getswitchinterval() == pytest.approx(beside.TURN) and beside.TURN < before
+    end.set()
+    thread.settle()
+    assert sys.getswitchinterval() == before
 
 
 def test_the_cores_are_shared_while_something_runs_beside(three_threads):
