@@ -105,24 +105,28 @@ class InThread(InTurn):
     """
 
     def __init__(self, threads: int) -> None:
-        self.threads, self.turn = threads, sys.getswitchinterval()
+        self.threads = threads
         self.executor = ThreadPoolExecutor(1, "beside", torch.get_num_threads)  # which has torch set its own defaults
         self.last: Future[Any] | None = None
 
     def run(self, function: Callable[..., T], *inputs: Tensor) -> Result[T]:
         def with_its_cores() -> T:
             set_own_threads(self.threads // 2)
-            return function(*inputs)
+            before = sys.getswitchinterval()
+            sys.setswitchinterval(TURN)
+            try:
+                return function(*inputs)
+            finally:
+                sys.setswitchinterval(before)
 
         self.last = self.executor.submit(with_its_cores)
         self.share()
         return _InThread(self.last)
 
     def share(self) -> None:
-        """Leave this thread the cores that nothing beside uses, and Python as it was where nothing is beside."""
-        beside = self.last is not None and not self.last.done()
-        set_own_threads(self.threads - self.threads // 2 * beside)
-        sys.setswitchinterval(TURN if beside else self.turn)
+        """Leave this thread the cores that nothing beside uses."""
+        beside = self.threads // 2 if self.last is not None and not self.last.done() else 0
+        set_own_threads(self.threads - beside)
 
     def share_before_blocks(self, network: nn.Module) -> None:
         """Share anew whenever a block of ``network`` begins."""

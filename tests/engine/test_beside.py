@@ -59,11 +59,12 @@ def test_an_error_comes_to_whoever_asks_for_the_result(three_threads):
 
 
 def test_the_threads_take_turns_more_often_while_something_runs_beside(three_threads):
-    before, thread, end = sys.getswitchinterval(), _beside(), threading.Event()
-    thread.run(end.wait, 60)
-    assert sys.getswitchinterval() == pytest.approx(beside.TURN) and beside.TURN < before
-    end.set()
+    before, thread = sys.getswitchinterval(), _beside()
+    running, failing = thread.run(sys.getswitchinterval), thread.run(lambda: 1 / 0)
     thread.settle()
+    assert running.value == pytest.approx(beside.TURN) and beside.TURN < before
+    with pytest.raises(ZeroDivisionError):
+        failing.receive()
     assert sys.getswitchinterval() == before
 
 
