@@ -51,7 +51,8 @@ def test_an_error_comes_to_whoever_asks_for_the_result(three_threads):
     def fail() -> None:
         raise ValueError("no such slice")
 
-    failed, after = thread.run(fail), thread.run(lambda: failed.value)
+    failed = thread.run(fail)
+    after = thread.run(lambda: failed.value)
     thread.settle()
     for result in (failed, after):
         with pytest.raises(ValueError, match="no such slice"):
