@@ -32,8 +32,9 @@ LEGEND = (
     "than 100% where they stay in a cache. Growth is that of the fastest call."
 )
 OURS = "spss_fast"
-SLOW = 10.0  # seconds: of a longer call one is warm-up enough, and three more show the spread
-# of an iteration a few, until it has the memory that it keeps: 2.1, 1.7, 1.5, 1.5, 1.4 seconds
+# seconds: of a longer call one is warm-up enough, and three more show the spread; a shorter iteration takes a few until
+# it has the memory that it keeps (2.1, 1.7, 1.5, 1.5, 1.4 seconds)
+SLOW = 10.0
 
 
 @dataclass

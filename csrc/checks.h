@@ -170,29 +170,32 @@ inline void check_batch_norm_relu(
   TORCH_CHECK_TYPE(skip->scalar_type() == x.scalar_type(), "skip must be of x's dtype, not ", skip->scalar_type());
 }
 
-inline void check_convolve(const Tensor& x, const Tensor& weight) {
+// What all convolutions on a CPU ask of their maps and weights but for the shapes.
+inline void check_maps_and_weight(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
                    "x must be float32 or bfloat16, not ", x.scalar_type());
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
+}
+
+inline void check_convolve(const Tensor& x, const Tensor& weight) {
+  check_maps_and_weight(x, weight);
   TORCH_CHECK_VALUE(x.dim() == 5, "x must be (B, C, H, W, D), not ", x.sizes());
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(
       channels == 1 || (channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0),
       "x must have 1, 8, 16, 32, 64 or 128 channels, not ", channels);
   TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0, "x must have voxels, not be ", x.sizes());
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
   TORCH_CHECK_VALUE(weight.dim() == 5, "weight must be (O, C, 3, 3, 3), not ", weight.sizes());
   const std::array<int64_t, 5> shape{channels == 1 ? weight.size(0) : channels, channels, 3, 3, 3};
   const at::IntArrayRef wanted = shape;
   TORCH_CHECK_VALUE(weight.size(0) > 0 && weight.size(0) % 8 == 0, "weight must have outputs in multiples of 8");
   TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
-  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
 }
 
 inline void check_convolve_transposed(const Tensor& x, const Tensor& weight) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
-                   "x must be float32 or bfloat16, not ", x.scalar_type());
+  check_maps_and_weight(x, weight);
   TORCH_CHECK_VALUE(x.dim() == 5, "x must be (B, I, H, W, D), not ", x.sizes());
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
   TORCH_CHECK_VALUE(weight.dim() == 5, "weight must be (I, O, 2, 2, 2), not ", weight.sizes());
   TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0, "x must have voxels, not be ", x.sizes());
   TORCH_CHECK_VALUE(
@@ -202,17 +205,13 @@ inline void check_convolve_transposed(const Tensor& x, const Tensor& weight) {
   const std::array<int64_t, 5> shape{x.size(1), weight.size(1), 2, 2, 2};
   const at::IntArrayRef wanted = shape;
   TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
-  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
 }
 
 inline void check_flow_head_weight(const Tensor& x, const Tensor& weight) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
-                   "x must be float32 or bfloat16, not ", x.scalar_type());
+  check_maps_and_weight(x, weight);
   TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == 16, "x must be (B, 16, H, W), not ", x.sizes());
-  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "weight must be float32, not ", weight.scalar_type());
   TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef({2, 16, 3, 3}), "weight must be (2, 16, 3, 3), not ",
                     weight.sizes());
-  TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
 }
 
 inline void check_flow_head(const Tensor& x, const Tensor& weight, const Tensor& bias) {

@@ -8,7 +8,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <memory>
@@ -223,7 +222,7 @@ at::Tensor input_gradient(const at::Tensor& grad, const at::Tensor& x, const at:
 template <class Element>
 at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x) {
   const Bands bands(x);
-  const at::Tensor sums = at::zeros({bands.batch * bands.of_a_slice, kFlow, 3, 3, kChannels}, grad.options());
+  const at::Tensor sums = at::empty({bands.batch * bands.of_a_slice, kFlow, 3, 3, kChannels}, grad.options());
   const Element* values = x.const_data_ptr<Element>();
   const float* upstream = grad.const_data_ptr<float>();
   float* to = sums.mutable_data_ptr<float>();
@@ -241,6 +240,13 @@ at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x) {
   return sums.sum(0).permute({0, 3, 1, 2});
 }
 
+template <class Element>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight) {
+  const at::Tensor dweight = at::empty_like(weight).copy_(weight_gradient<Element>(grad, x));
+  return {input_gradient<Element>(grad, x, weight), dweight, grad.sum({0, 2, 3})};
+}
+
 }  // namespace
 
 at::Tensor flow_head(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias) {
@@ -253,10 +259,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> flow_head_backward(
     const at::Tensor& grad_, const at::Tensor& x_, const at::Tensor& weight) {
   check_flow_head_backward(grad_, x_, weight);
   const at::Tensor grad = grad_.contiguous(), x = in_order(x_);
-  const bool wide = x.scalar_type() == at::kFloat;
-  const at::Tensor dx = wide ? input_gradient<float>(grad, x, weight) : input_gradient<at::BFloat16>(grad, x, weight);
-  const at::Tensor dweight = wide ? weight_gradient<float>(grad, x) : weight_gradient<at::BFloat16>(grad, x);
-  return {dx, at::empty_like(weight).copy_(dweight), grad.sum({0, 2, 3})};
+  return x.scalar_type() == at::kFloat ? gradients<float>(grad, x, weight) : gradients<at::BFloat16>(grad, x, weight);
 }
 
 }  // namespace spss

@@ -10,6 +10,8 @@ matrix products a row of voxels, each of which writes a row of the result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -110,12 +112,8 @@ class _Halving(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (x, weight), (of_x, of_weight), dweight = ctx.saved_tensors, ctx.needs_input_grad, None
-        if of_weight:
-            twos, zeros, ones = [2] * 3, [0] * 3, [1] * 3
-            dweight = torch.ops.aten.convolution_backward(
-                grad, x, weight.to(x.dtype), None, twos, zeros, ones, False, zeros, 1, [False, True, False]
-            )[1].float()
+        (x, weight), (of_x, of_weight) = ctx.saved_tensors, ctx.needs_input_grad
+        _, dweight = _backward_of_stride_two(grad, x, weight, False, [False, of_weight])
         return convolve_transposed(grad, weight) if of_x else None, dweight
 
 
@@ -123,6 +121,11 @@ def halve(x: Tensor, weight: Tensor) -> Tensor:
     """``F.conv3d(x, weight, stride=2)`` in x's dtype, of x (B, I, H, W, D) with even sides and I a multiple of 8, by a
     float32 weight (O, I, 2, 2, 2) with O even; once differentiable, in x by :func:`convolve_transposed`."""
     return _Halving.apply(x, weight)
+
+
+def was_measured() -> bool:
+    """Whether this CPU is of the kind that most of this was measured on: with AVX512-BF16 but without AMX."""
+    return MULTIPLIES_BF16 and not HAS_AMX
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
@@ -134,7 +137,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     the transforms of data outweigh that of the filter. One channel is convolved faster to 8 or 16 on CPUs with
     AVX512-BF16 but without AMX, where no gradients are wanted.
     """
-    channels, measured = x.shape[1], MULTIPLIES_BF16 and not HAS_AMX
+    channels, measured = x.shape[1], was_measured()
     if not _takes(x, weight):
         return False
     if weight.shape in ((8, 1, 3, 3, 3), (16, 1, 3, 3, 3)) and channels == 1:
@@ -164,7 +167,7 @@ def is_faster_halving(x: Tensor, weight: Tensor) -> bool:
 
 def _is_measured_upwards(weight: Tensor) -> bool:
     fits = weight.shape[1:] in ((8, 2, 2, 2), (16, 2, 2, 2)) and weight.shape[0] % 2 == 0
-    return fits and MULTIPLIES_BF16 and not HAS_AMX
+    return fits and was_measured()
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
@@ -204,10 +207,16 @@ def _gradient(ctx, grad: Tensor):
 
 
 def _gradient_transposed(ctx, grad: Tensor):
-    x, weight = ctx.saved_tensors
+    return _backward_of_stride_two(grad, *ctx.saved_tensors, True, ctx.needs_input_grad)
+
+
+def _backward_of_stride_two(
+    grad: Tensor, x: Tensor, weight: Tensor, transposed: bool, needed: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Torch's gradients of x and of the weight, in their own dtypes; None where not ``needed``."""
     twos, zeros, ones = [2] * 3, [0] * 3, [1] * 3
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight.to(x.dtype), None, twos, zeros, ones, True, zeros, 1, [*ctx.needs_input_grad, False]
+        grad, x, weight.to(x.dtype), None, twos, zeros, ones, transposed, zeros, 1, [*needed, False]
     )
     return dx, None if dweight is None else dweight.float()
 

@@ -53,8 +53,7 @@ def is_faster(x: Tensor) -> bool:
     """Whether :func:`flow_head` takes such an ``x`` and was measured to be faster than ``F.conv2d``: on CPUs with
     AVX512-BF16 but without AMX; others were not measured."""
     fits = x.device.type == "cpu" and x.dtype in convolution.DTYPES and x.shape[1] == CHANNELS
-    measured = convolution.MULTIPLIES_BF16 and not convolution.HAS_AMX
-    return fits and measured and backends.active("convolution", "cpu") == "cpu"
+    return fits and convolution.was_measured() and backends.active("convolution", "cpu") == "cpu"
 
 
 @torch.library.register_fake("spss_fast::flow_head")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from operator_cases.case import arrange
 from operator_cases.convolution import SHAPES
+from threads import by_threads
 from torch.nn import functional as F
 
 from spss_fast.nets import vnet
@@ -36,18 +37,6 @@ def gradients(function, x, weight, upstream):
     leaves = [t.detach().requires_grad_() for t in (x, weight)]
     y = function(*leaves)
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
-
-
-def by_threads(function):
-    """What it returns by one thread, by three, and by more than there are tasks."""
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3, 64):
-            torch.set_num_threads(threads)
-            results.append(function())
-    finally:
-        torch.set_num_threads(before)
-    return results
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 24, 24, 20), (2, 128, 6, 7, 5)])
@@ -189,6 +178,15 @@ def machine(monkeypatch):
         monkeypatch.setattr(convolution, "HAS_AMX", amx)
 
     return become
+
+
+def check_that_other_cpus_do_not_choose(rule, x, weight, machine):
+    for kind, chosen in ONLY_WITH_AVX512_BF16:
+        machine(*kind)
+        assert rule(x, weight) == chosen
+        with torch.autocast("cpu", torch.bfloat16):
+            assert rule(x.bfloat16(), weight) == chosen
+            assert not rule(x, weight)
 
 
 @COMPILED
@@ -365,12 +363,7 @@ def test_the_transposed_convolution_refuses_what_it_does_not_compute():
 @COMPILED
 def test_the_transposed_convolution_is_chosen_where_it_was_measured_to_be_faster(machine):
     x, weight = torch.zeros(1, 32, 4, 4, 4), torch.zeros(32, 16, 2, 2, 2)
-    for kind, chosen in ONLY_WITH_AVX512_BF16:
-        machine(*kind)
-        assert is_faster_transposed(x, weight) == chosen
-        with torch.autocast("cpu", torch.bfloat16):
-            assert is_faster_transposed(x.bfloat16(), weight) == chosen
-            assert not is_faster_transposed(x, weight)
+    check_that_other_cpus_do_not_choose(is_faster_transposed, x, weight, machine)
     machine("AVX512", True)
     assert not is_faster_transposed(torch.zeros(1, 64, 4, 4, 4), torch.zeros(64, 32, 2, 2, 2))
     assert not is_faster_transposed(x.double(), weight.double())
@@ -417,12 +410,7 @@ def test_halving_gives_torchs_convolution_and_gradients(dtype):
 @COMPILED
 def test_halving_is_chosen_where_its_gradient_was_measured_to_be_faster(machine):
     x, weight = torch.zeros(1, 16, 4, 4, 4, requires_grad=True), torch.zeros(32, 16, 2, 2, 2)
-    for kind, chosen in ONLY_WITH_AVX512_BF16:
-        machine(*kind)
-        assert is_faster_halving(x, weight) == chosen
-        with torch.autocast("cpu", torch.bfloat16):
-            assert is_faster_halving(x.bfloat16(), weight) == chosen
-            assert not is_faster_halving(x, weight)
+    check_that_other_cpus_do_not_choose(is_faster_halving, x, weight, machine)
     machine("AVX512", True)
     assert not is_faster_halving(x.detach(), weight) and not is_faster_halving(x[..., :3], weight)
     assert not is_faster_halving(torch.zeros(1, 32, 4, 4, 4, requires_grad=True), torch.zeros(64, 32, 2, 2, 2))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from operator_cases.case import arrange
+from threads import by_threads
 from torch.nn import functional as F
 
 from spss_fast.nets import regnet
@@ -44,14 +45,8 @@ def test_sums_are_float32_and_only_the_gradient_of_half_precision_is_rounded(sid
 @COMPILED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gives_the_same_bits_by_any_number_of_threads(dtype):
-    inputs, upstream, results = _inputs(5, 16, 40, 31, dtype=dtype), torch.randn(5, 2, 40, 31), []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 3, 64):
-            torch.set_num_threads(threads)
-            results.append(_gradients(flow_head, inputs, upstream)[:3])
-    finally:
-        torch.set_num_threads(before)
+    inputs, upstream = _inputs(5, 16, 40, 31, dtype=dtype), torch.randn(5, 2, 40, 31)
+    results = by_threads(lambda: _gradients(flow_head, inputs, upstream)[:3])
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
     assert results[0][0].is_contiguous() and results[0][1].is_contiguous(memory_format=torch.channels_last)
 
