@@ -7,7 +7,9 @@
 #include <ATen/core/Tensor.h>
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <memory>
 
 #include "cpu/operators.h"
 #include "cpu/vectors.h"
@@ -64,6 +66,156 @@ SPSS_HOT_INLINE void add_multiple(Vector& sum, const BFloat16* pair, const Row& 
 namespace spss {
 namespace {
 
+// Eight channels: minimal filtering of planes, F(2 x 2, 3 x 3), and directly along the third axis. That takes twelve
+// products an output and pair of channels, where three axes of cpu/minimal_filtering.h take eight. But with so few
+// channels the transforms outweigh the products, here there are half as many points, and a column of tiles stays in the
+// first-level cache from its data to its outputs.
+
+constexpr int kFew = 8;
+constexpr int kPlanePoints = 16;                         // 4 along each of the first two axes
+constexpr int64_t kLongest = 64;                         // voxels of a column
+constexpr int64_t kColumn = (kLongest + 2) * kFew + 32;  // from point to point, a little apart
+constexpr int64_t kTapsOfPoint = 3 * kFew * kFew;        // along the third axis, inputs, outputs
+constexpr int kAbreast = kSums / 4;                      // voxels whose sums at four points fit into registers
+constexpr __mmask16 kBoth = 0xffff;                      // voxels of two
+
+using Wide = float __attribute__((vector_size(8 * kLanes)));  // two voxels
+
+// Columns of 2 x 2 voxels, cut along the third axis: a part's `k` and `count` are voxels.
+struct Columns {
+  Tiles tiles;
+  int64_t parts, most;
+
+  explicit Columns(const at::Tensor& x) : tiles(x) {
+    parts = (tiles.d + kLongest - 1) / kLongest;
+    most = (tiles.d + parts - 1) / parts;
+  }
+
+  int64_t count() const { return tiles.batch * tiles.rows * tiles.columns * parts; }
+
+  Part operator[](int64_t i) const {
+    const int64_t k = i % parts * most, row = i / parts;
+    return {row / tiles.columns / tiles.rows, row / tiles.columns % tiles.rows, row % tiles.columns, k,
+            std::min(most, tiles.d - k)};
+  }
+};
+
+// Of two voxels, or of the first alone by `mask`, `place` elements from where the lines begin; `next` further on are
+// those that the next column will read.
+SPSS_HOT_INLINE void plane_data_of_two(
+    const BFloat16* const* lines, int64_t place, int64_t next, __mmask16 mask, BFloat16* out) {
+  Wide v[kPlanePoints];
+  SPSS_UNROLL for (int q = 0; q < kPlanePoints; ++q) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(mask, lines[q] + place);
+    v[q] = reinterpret_cast<Wide>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  // as in data_of
+  SPSS_UNROLL for (int q = 2; q < kPlanePoints; q += q % 4 == 3 ? 3 : 1) __builtin_prefetch(lines[q] + place + next);
+  SPSS_UNROLL for (int i = 0; i < 4; ++i) transform_data(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+  SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_data(v[j], v[4 + j], v[8 + j], v[12 + j]);
+  SPSS_UNROLL for (int q = 0; q < kPlanePoints; ++q) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v[q]));
+    _mm256_mask_storeu_epi16(out + q * kColumn, mask, reinterpret_cast<__m256i>(rounded));
+  }
+}
+
+// (points, a voxel more on either side than the part has, channels).
+SPSS_HOT void plane_data_of(
+    const BFloat16* x, const Tiles& tiles, const Part& part, const BFloat16* outside, BFloat16* out) {
+  const BFloat16* lines[kPlanePoints];
+  for (int q = 0; q < kPlanePoints; ++q) {
+    const int64_t line = tiles.line(part.volume, 2 * part.i + q / 4 - 1, 2 * part.j + q % 4 - 1);
+    lines[q] = line < 0 ? outside : x + line * kFew;
+  }
+  const int64_t first = part.k - 1, end = part.k + part.count + 1;
+  for (int64_t k : {first, end - 1})
+    if (k < 0 || k == tiles.d)
+      for (int q = 0; q < kPlanePoints; ++q) std::fill_n(out + q * kColumn + (k - first) * kFew, kFew, BFloat16{0});
+  for (int64_t k = std::max<int64_t>(first, 0), last = std::min(end, tiles.d); k < last; k += 2) {
+    BFloat16* to = out + (k - first) * kFew;
+    const int64_t next = 2 * tiles.d * kFew;
+    if (k + 1 < last) plane_data_of_two(lines, k * kFew, next, kBoth, to);
+    else plane_data_of_two(lines, k * kFew, next, kBoth >> kFew, to);
+  }
+}
+
+// V voxels of a column, from `voxel` on; a line is null outside.
+template <int V>
+SPSS_HOT void plane_outputs(const BFloat16* data, const BFloat16* filter, BFloat16* const* lines, int64_t voxel) {
+  Vector out[2][2][V];  // along the first axis, the second and the third
+  SPSS_UNROLL for (int i = 0; i < 4; ++i, data += 4 * kColumn, filter += 4 * kTapsOfPoint) {
+    Vector sums[4][V] = {};
+    for (int64_t t = 0; t < 3 * kFew; t += kGroup) {  // the taps of a voxel and their channels lie in a row
+      SPSS_UNROLL for (int j = 0; j < 4; ++j) {
+        const Row row = load_row(filter + j * kTapsOfPoint + t * kFew);
+        SPSS_UNROLL for (int v = 0; v < V; ++v) add_multiple(sums[j][v], data + j * kColumn + v * kFew + t, row);
+      }
+    }
+    SPSS_UNROLL for (int v = 0; v < V; ++v) {
+      transform_outputs(sums[0][v], sums[1][v], sums[2][v], sums[3][v]);
+      SPSS_UNROLL for (int j = 0; j < 2; ++j) {  // and along the first axis, as transform_outputs
+        if (i == 0) out[0][j][v] = sums[j][v];
+        else if (i < 3) out[0][j][v] += sums[j][v];
+        if (i == 1) out[1][j][v] = sums[j][v];
+        else if (i > 1) out[1][j][v] -= sums[j][v];
+      }
+    }
+  }
+  SPSS_UNROLL for (int q = 0; q < 4; ++q) {
+    if (lines[q] == nullptr) continue;
+    SPSS_UNROLL for (int v = 0; v < V; ++v) store(lines[q] + (voxel + v) * kFew, out[q / 2][q % 2][v]);
+  }
+}
+
+// (inputs, 27, outputs) to (points, 3, inputs / kGroup, outputs, kGroup); `reversed` as in filter_of.
+SPSS_HOT void plane_filter_of(const float* taps, bool reversed, BFloat16* out) {
+  for (int64_t c = 0; c < kFew; c += kGroup)
+    for (int k = 0; k < 3; ++k) {
+      Vector points[kPlanePoints][kGroup];
+      for (int g = 0; g < kGroup; ++g) {
+        Vector v[kPlanePoints];
+        SPSS_UNROLL for (int i = 0; i < 3; ++i) {
+          SPSS_UNROLL for (int j = 0; j < 3; ++j) {
+            const int tap = 9 * i + 3 * j + k;
+            v[4 * i + j] = load(taps + (27 * (c + g) + (reversed ? 26 - tap : tap)) * kFew);
+          }
+          transform_filter(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+        }
+        SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_filter(v[j], v[4 + j], v[8 + j], v[12 + j]);
+        SPSS_UNROLL for (int q = 0; q < kPlanePoints; ++q) points[q][g] = v[q];
+      }
+      for (int q = 0; q < kPlanePoints; ++q) store_group(out + q * kTapsOfPoint + (k * kFew + c) * kFew, points[q]);
+    }
+}
+
+// By (8, 27, 8) taps: inputs, taps, outputs.
+at::Tensor filtered_by_planes(const at::Tensor& x, const at::Tensor& taps, bool reversed) {
+  const at::Tensor y = empty_maps(x, x.sizes());
+  const auto filter = std::make_unique_for_overwrite<BFloat16[]>(kPlanePoints * kTapsOfPoint);
+  plane_filter_of(taps.const_data_ptr<float>(), reversed, filter.get());
+  const Columns columns(x);
+  const Tiles& tiles = columns.tiles;
+  const auto* from = static_cast<const BFloat16*>(x.const_data_ptr());
+  auto* to = static_cast<BFloat16*>(y.mutable_data_ptr());
+  at::parallel_for(0, columns.count(), 16, [&](int64_t begin, int64_t end) {
+    const auto data = std::make_unique_for_overwrite<BFloat16[]>(kPlanePoints * kColumn);
+    const auto outside = std::make_unique<BFloat16[]>(tiles.d * kFew);
+    for (int64_t i = begin; i < end; ++i) {
+      const Part part = columns[i];
+      plane_data_of(from, tiles, part, outside.get(), data.get());
+      BFloat16* lines[4];
+      for (int q = 0; q < 4; ++q) {
+        const int64_t line = tiles.line(part.volume, 2 * part.i + q / 2, 2 * part.j + q % 2);
+        lines[q] = line < 0 ? nullptr : to + (line + part.k) * kFew;
+      }
+      const int64_t size = tile_size(part.count, kAbreast);
+      const auto outputs = size == 1 ? plane_outputs<1> : size == 3 ? plane_outputs<3> : plane_outputs<kAbreast>;
+      each_tile(part.count, size, [&](int64_t v) { outputs(data.get() + v * kFew, filter.get(), lines, v); });
+    }
+  });
+  return y;
+}
+
 void check_cpu() {
   TORCH_CHECK_NOT_IMPLEMENTED(__builtin_cpu_supports("avx512bf16"),
                               "convolutions of bfloat16 need a CPU with AVX512-BF16: use the reference");
@@ -73,13 +225,18 @@ void check_cpu() {
 
 at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight) {
   check_cpu();
-  return x.size(1) == 1 ? convolved_channel(x, weight) : convolved(x, weight);
+  if (x.size(1) == 1) return convolved_channel(x, weight);
+  if (x.size(1) != kFew) return convolved(x, weight);
+  return filtered_by_planes(in_order(x), weight.permute({1, 2, 3, 4, 0}).contiguous(), false);
 }
 
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   check_cpu();
-  return convolved_backward(grad, x, weight, x_grad, weight_grad);
+  if (x.size(1) != kFew || !x_grad) return convolved_backward(grad, x, weight, x_grad, weight_grad);
+  const at::Tensor ordered = in_order(grad), taps = weight.permute({0, 2, 3, 4, 1}).contiguous();
+  return {filtered_by_planes(ordered, taps, true),
+          std::get<1>(convolved_backward(ordered, x, weight, false, weight_grad))};
 }
 
 at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight) {

@@ -40,8 +40,9 @@ constexpr int kPart = 16;    // longest run of tiles that share their data trans
 
 // A transform along one axis, in place where there is room, and its adjoint.
 
-SPSS_INLINE void transform_data(Vector& a, Vector& b, Vector& c, Vector& d) {
-  const Vector old = b;
+template <class V>
+SPSS_INLINE void transform_data(V& a, V& b, V& c, V& d) {
+  const V old = b;
   a -= c, d = b - d, b += c, c -= old;
 }
 
