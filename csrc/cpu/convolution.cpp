@@ -37,7 +37,7 @@ namespace spss {
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve(x, weight);
   if (x.scalar_type() != at::kFloat) return convolve_bf16(x, weight);
-  return x.size(1) == 1 ? convolved_channel(x, weight) : convolved(x, weight);
+  return x.size(1) == 1 ? convolved_channel(x, weight) : convolved<8>(x, weight);
 }
 
 std::tuple<at::Tensor, at::Tensor> convolve_backward(
@@ -54,7 +54,7 @@ std::tuple<at::Tensor, at::Tensor> convolve_backward(
     const at::Tensor none = at::empty({0}, x.options());
     return {x_grad ? in_order(dx) : none, weight_grad ? at::empty_like(weight).copy_(dweight) : none.to(at::kFloat)};
   }
-  const auto backward = x.scalar_type() == at::kFloat ? convolved_backward : convolve_bf16_backward;
+  const auto backward = x.scalar_type() == at::kFloat ? convolved_backward<8> : convolve_bf16_backward;
   return backward(grad, x, weight, x_grad, weight_grad);
 }
 

@@ -2,16 +2,16 @@
 // Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016: a tile of eight outputs costs 64
 // products a pair of channels in place of 216.
 //
-// Maps lie channels last, so that a vector holds eight channels of a voxel. Blocks of tiles that fit into the
+// Maps lie channels last, so that a vector holds kLanes channels of a voxel. Blocks of tiles that fit into the
 // second-level cache go through data transform, 64 matrix products and inverse transform. The gradient of the input is
 // the convolution with the filter reversed and its channels exchanged; that of the filter is made of the adjoint
 // transforms.
 //
 // Transforms and sums are float32. Who includes this file says what maps hold and what is multiplied:
-//   Element, load, store            a value of a map, and eight of them to a Vector and back
+//   Element, load, store            a value of a map, and kLanes of them to a Vector and back
 //   Factor, kGroup                  what is multiplied, and how many products one instruction adds up
-//   store_group                     a Vector as Factors, or kGroup Vectors as eight groups with a Factor of each
-//   Row, load_row, add_multiple     eight groups, and to a Vector the products of one group with each of them
+//   store_group                     a Vector as Factors, or kGroup Vectors as kLanes groups with a Factor of each
+//   Row, load_row, add_multiple     kLanes groups, and to a Vector the products of one group with each of them
 //   kSums                           Vectors of sums that fit into registers
 //   kAtOnce                         how many of four points along the third axis they belong to: of all four, products
 //                                   leave two outputs in place of the sums, half as much to write and read again
@@ -385,9 +385,9 @@ at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
   return y;
 }
 
-// Taps (C, 27, C). Every thread sums up its own tiles.
+// Of `weight`'s layout. Every thread sums up its own tiles.
 template <int C>
-at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x) {
+at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight) {
   const Tiles tiles(x);
   const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles), blocks = (count + parts - 1) / parts;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), blocks);
@@ -410,48 +410,50 @@ at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x) {
       }
     }
   });
-  const at::Tensor total = sums.sum(0), taps = at::empty({C, 27, C}, total.options());
+  const at::Tensor total = sums.sum(0), taps = at::empty({C, 27, C}, total.options());  // inputs, taps, outputs
   const float* from = total.const_data_ptr<float>();
   float* to = taps.data_ptr<float>();
   at::parallel_for(0, C, 8, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) filter_adjoint<C>(from + c * C, to + c * 27 * C);
   });
-  return taps;
-}
-
-// body(the number of channels as a constant)
-template <class Body>
-auto with_channels(int64_t channels, Body body) {
-  switch (channels) {
-    case 8: return body(std::integral_constant<int, 8>());
-    case 16: return body(std::integral_constant<int, 16>());
-    case 32: return body(std::integral_constant<int, 32>());
-    case 64: return body(std::integral_constant<int, 64>());
-    default: return body(std::integral_constant<int, 128>());
-  }
+  return at::empty_like(weight).copy_(taps.permute({2, 0, 1}).view(weight.sizes()));
 }
 
 at::Tensor in_order(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast3d); }
 
+// body(the number of channels as a constant), of which `Fewest` are the fewest.
+template <int Fewest, class Body>
+auto with_channels(int64_t channels, Body body) {
+  switch (channels) {
+    case 16: return body(std::integral_constant<int, 16>());
+    case 32: return body(std::integral_constant<int, 32>());
+    case 64: return body(std::integral_constant<int, 64>());
+    case 128: return body(std::integral_constant<int, 128>());
+    default: return body(std::integral_constant<int, Fewest>());
+  }
+}
+
+// As inputs, 27 taps and outputs; `reversed`, for the gradient of the input, as outputs, taps and inputs.
+at::Tensor taps_of(const at::Tensor& weight, bool reversed) {
+  return weight.flatten(2).permute({reversed ? 0 : 1, 2, reversed ? 1 : 0}).contiguous();
+}
+
 // x of Elements, the weight float32.
+template <int Fewest>
 at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight) {
-  return with_channels(x.size(1), [&](auto C) {
-    const at::Tensor taps = weight.permute({1, 2, 3, 4, 0}).contiguous();  // inputs, taps, outputs
-    return filtered<C()>(in_order(x), transformed<C()>(taps, false).get());
+  return with_channels<Fewest>(x.size(1), [&](auto C) {
+    return filtered<C()>(in_order(x), transformed<C()>(taps_of(weight, false), false).get());
   });
 }
 
+template <int Fewest>
 std::tuple<at::Tensor, at::Tensor> convolved_backward(
     const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   const at::Tensor grad = in_order(grad_);
   at::Tensor dx = at::empty({0}, x.options()), dweight = at::empty({0}, weight.options());
-  with_channels(x.size(1), [&](auto C) {
-    const at::Tensor taps = weight.permute({0, 2, 3, 4, 1}).contiguous();  // outputs, taps, inputs
-    if (x_grad) dx = filtered<C()>(grad, transformed<C()>(taps, true).get());
-    if (weight_grad) {
-      const at::Tensor of_taps = filter_gradient<C()>(grad, in_order(x)).view({C(), 3, 3, 3, C()});
-      dweight = at::empty_like(weight).copy_(of_taps.permute({4, 0, 1, 2, 3}));
-    }
+  with_channels<Fewest>(x.size(1), [&](auto C) {
+    if (x_grad) dx = filtered<C()>(grad, transformed<C()>(taps_of(weight, true), true).get());
+    if (weight_grad) dweight = filter_gradient<C()>(grad, in_order(x), weight);
   });
   return {dx, dweight};
 }

@@ -1,5 +1,9 @@
-// Eight float32 in a register, for code that names its vectors.
+// Eight float32 in a register, or as many as SPSS_LANES says, for code that names its vectors.
 #pragma once
+
+#ifndef SPSS_LANES
+#define SPSS_LANES 8
+#endif
 
 #define SPSS_INLINE inline __attribute__((always_inline))
 #define SPSS_UNROLL _Pragma("GCC unroll 64")
@@ -10,7 +14,7 @@
 namespace spss {
 namespace {
 
-constexpr int kLanes = 8;
+constexpr int kLanes = SPSS_LANES;
 
 using Vector = float __attribute__((vector_size(4 * kLanes)));
 using Unaligned = float __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));

@@ -1,0 +1,25 @@
+// convolve of bfloat16 maps with sixteen channels and more, as cpu/convolution_bf16.cpp, by registers of sixteen lanes.
+#include "cpu/multiarch.h"
+
+#if SPSS_HAS_FMA
+
+#include <ATen/core/Tensor.h>
+
+#include "cpu/operators.h"
+
+#define SPSS_LANES 16
+#include "cpu/vectors_bf16.h"
+#include "cpu/minimal_filtering.h"
+
+namespace spss {
+
+at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight) { return convolved<16>(x, weight); }
+
+std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
+  return convolved_backward<16>(grad, x, weight, x_grad, weight_grad);
+}
+
+}  // namespace spss
+
+#endif
