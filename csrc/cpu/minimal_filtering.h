@@ -25,6 +25,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "cpu/memory.h"
@@ -96,18 +97,28 @@ struct Tiles {
 // What a thread works on: a block of at most kTiles tiles, (points, tiles, channels), the points a little apart so that
 // they do not fall into the same sets of a cache.
 template <int C> constexpr int64_t kTiles = C < 32 ? 48 : 24;
-template <int C> constexpr int64_t kStride = kTiles<C> * C + 16;
-template <int C> constexpr int64_t kMatrix = C * C + 16;  // of a transformed filter, from point to point, as far apart
+constexpr int64_t kLine = 64 / sizeof(Factor);  // of a cache, in Factors
+template <int C> constexpr int64_t kStride = kTiles<C> * C + kLine;
+template <int C> constexpr int64_t kMatrix = C * C + kLine;  // of a transformed filter, from point to point, as far apart
 constexpr int kLeft = kAtOnce == 4 ? 2 : 4;  // what products leave of the points along the third axis
 
+// Aligned to the lines of a cache.
+struct Free {
+  void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
+};
 template <class T>
-using Buffer = std::unique_ptr<T[]>;
+using Buffer = std::unique_ptr<T[], Free>;
+
+template <class T>
+Buffer<T> buffer(int64_t size) {
+  return Buffer<T>(static_cast<T*>(::operator new[](size * sizeof(T), std::align_val_t(64))));
+}
 
 template <int C>
 struct Block {
-  Buffer<Factor> data = std::make_unique_for_overwrite<Factor[]>(kPoints * kStride<C>);
-  Buffer<float> scratch = std::make_unique_for_overwrite<float[]>((2 * kPart + 4) * 16 * kLanes);
-  Buffer<Element> outside;  // a line of zeros
+  Buffer<Factor> data = buffer<Factor>(kPoints * kStride<C>);
+  Buffer<float> scratch = buffer<float>((2 * kPart + 4) * 16 * kLanes);
+  std::unique_ptr<Element[]> outside;  // a line of zeros
 
   explicit Block(const Tiles& tiles) : outside(std::make_unique<Element[]>(tiles.d * C)) {}
 };
@@ -352,7 +363,7 @@ int64_t parts_a_block(const Tiles& tiles) {
 // (points, C / kGroup, C, kGroup) of taps (C, 27, C).
 template <int C>
 Buffer<Factor> transformed(const at::Tensor& taps, bool reversed) {
-  Buffer<Factor> out = std::make_unique_for_overwrite<Factor[]>(kPoints * kMatrix<C>);
+  Buffer<Factor> out = buffer<Factor>(kPoints * kMatrix<C>);
   const float* from = taps.const_data_ptr<float>();
   at::parallel_for(0, C / kGroup, 8 / kGroup, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin * kGroup; c < end * kGroup; c += kGroup)
@@ -370,7 +381,7 @@ at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
   Element* to = static_cast<Element*>(y.data_ptr());
   at::parallel_for(0, (count + parts - 1) / parts, 1, [&](int64_t first, int64_t last) {
     Block<C> block(tiles);
-    const auto sums = std::make_unique_for_overwrite<float[]>(kPoints / 4 * kLeft * kStride<C>);
+    const auto sums = buffer<float>(kPoints / 4 * kLeft * kStride<C>);
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * parts, end = std::min(begin + parts, count);
       const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
@@ -398,7 +409,7 @@ at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x, const at
   float* of_threads = sums.data_ptr<float>();
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     Block<C> block(tiles);
-    const auto adjoint = std::make_unique_for_overwrite<Factor[]>(kPoints * kStride<C>);
+    const auto adjoint = buffer<Factor>(kPoints * kStride<C>);
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t b = thread * blocks / threads; b < (thread + 1) * blocks / threads; ++b) {
         const int64_t begin = b * parts, end = std::min(begin + parts, count);
