@@ -33,10 +33,20 @@ SPSS_INLINE void add_multiple(Vector& sum, const float* factor, const Row& row) 
 #include "cpu/direct_convolution.h"
 
 namespace spss {
+namespace {
+
+bool is_float32(const at::Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return true;
+  TORCH_CHECK_NOT_IMPLEMENTED(__builtin_cpu_supports("avx512bf16"),
+                              "convolutions of bfloat16 need a CPU with AVX512-BF16: use the reference");
+  return false;
+}
+
+}  // namespace
 
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve(x, weight);
-  if (x.scalar_type() != at::kFloat) return convolve_bf16(x, weight);
+  if (!is_float32(x)) return convolve_bf16(x, weight);
   return x.size(1) == 1 ? convolved_channel(x, weight) : convolved<8>(x, weight);
 }
 
@@ -54,13 +64,13 @@ std::tuple<at::Tensor, at::Tensor> convolve_backward(
     const at::Tensor none = at::empty({0}, x.options());
     return {x_grad ? in_order(dx) : none, weight_grad ? at::empty_like(weight).copy_(dweight) : none.to(at::kFloat)};
   }
-  const auto backward = x.scalar_type() == at::kFloat ? convolved_backward<8> : convolve_bf16_backward;
+  const auto backward = is_float32(x) ? convolved_backward<8> : convolve_bf16_backward;
   return backward(grad, x, weight, x_grad, weight_grad);
 }
 
 at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve_transposed(x, weight);
-  return x.scalar_type() == at::kFloat ? upsampled(x, weight) : convolve_transposed_bf16(x, weight);
+  return is_float32(x) ? upsampled(x, weight) : convolve_transposed_bf16(x, weight);
 }
 
 }  // namespace spss

@@ -1,5 +1,5 @@
-// convolve and convolve_transposed of bfloat16 maps, on CPUs with AVX512-BF16. The transforms are float32, and so is the
-// filter until it is transformed. Here is what eight lanes fit; from sixteen channels on: convolution_bf16_wide.cpp.
+// convolve of bfloat16 maps with one channel or eight, by registers of eight lanes; all else: convolution_bf16_wide.cpp.
+// The transforms are float32, and so is the filter until it is transformed.
 #include "cpu/multiarch.h"
 
 #if SPSS_HAS_FMA
@@ -168,15 +168,9 @@ at::Tensor filtered_by_planes(const at::Tensor& x, const at::Tensor& taps, bool 
   return y;
 }
 
-void check_cpu() {
-  TORCH_CHECK_NOT_IMPLEMENTED(__builtin_cpu_supports("avx512bf16"),
-                              "convolutions of bfloat16 need a CPU with AVX512-BF16: use the reference");
-}
-
 }  // namespace
 
 at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight) {
-  check_cpu();
   if (x.size(1) == 1) return convolved_channel(x, weight);
   return x.size(1) == kFew ? filtered_by_planes(in_order(x), taps_of(weight, false), false)
                            : convolve_bf16_wide(x, weight);
@@ -184,16 +178,10 @@ at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight) {
 
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
-  check_cpu();
   if (x.size(1) != kFew) return convolve_bf16_wide_backward(grad, x, weight, x_grad, weight_grad);
   const at::Tensor upstream = in_order(grad);
   return {x_grad ? filtered_by_planes(upstream, taps_of(weight, true), true) : at::empty({0}, x.options()),
           weight_grad ? filter_gradient<kFew>(upstream, in_order(x), weight) : at::empty({0}, weight.options())};
-}
-
-at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight) {
-  check_cpu();
-  return upsampled(x, weight);
 }
 
 }  // namespace spss

@@ -1,4 +1,4 @@
-// convolve of bfloat16 maps with sixteen channels and more, as cpu/convolution_bf16.cpp, by registers of sixteen lanes.
+// convolve of bfloat16 maps with sixteen channels or more, and convolve_transposed, by registers of sixteen lanes.
 #include "cpu/multiarch.h"
 
 #if SPSS_HAS_FMA
@@ -10,6 +10,7 @@
 #define SPSS_LANES 16
 #include "cpu/vectors_bf16.h"
 #include "cpu/minimal_filtering.h"
+#include "cpu/direct_convolution.h"
 
 namespace spss {
 
@@ -19,6 +20,8 @@ std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   return convolved_backward<16>(grad, x, weight, x_grad, weight_grad);
 }
+
+at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight) { return upsampled(x, weight); }
 
 }  // namespace spss
 

@@ -45,18 +45,16 @@ SPSS_HOT_INLINE void store_factors(Factor* to, Value value) {
 
 // The (I, O, 2, 2, 2) filter as four matrices, one for each row: (I / kGroup, 2 O, kGroup) Factors.
 SPSS_HOT std::unique_ptr<Factor[]> four_matrices(const at::Tensor& weight) {
-  const int64_t inputs = weight.size(0), outputs = weight.size(1);
+  const at::Tensor rows = weight.permute({2, 3, 0, 4, 1}).contiguous();
+  const int64_t inputs = 4 * weight.size(0), columns = 2 * weight.size(1);  // of all matrices
   auto matrices = std::make_unique_for_overwrite<Factor[]>(weight.numel());
-  const float* from = weight.const_data_ptr<float>();
-  const auto strides = weight.strides();
-  Factor* to = matrices.get();
-  for (int row = 0; row < 4; ++row)
-    for (int64_t i = 0; i < inputs; i += kGroup)
-      for (int k = 0; k < 2; ++k)
-        for (int64_t o = 0; o < outputs; o += kLanes, to += kLanes * kGroup) {
-          const float* tap = from + row / 2 * strides[2] + row % 2 * strides[3] + k * strides[4];
-          store_factors(to, [&](int j, int lane) { return tap[(i + j) * strides[0] + (o + lane) * strides[1]]; });
-        }
+  const float* from = rows.const_data_ptr<float>();
+  for (int64_t i = 0; i < inputs; i += kGroup)
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      Vector group[kGroup];
+      for (int g = 0; g < kGroup; ++g) group[g] = load(from + (i + g) * columns + column);
+      store_group(matrices.get() + i * columns + column * kGroup, group);
+    }
   return matrices;
 }
 
@@ -91,7 +89,9 @@ at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight) {
   const auto matrices = four_matrices(weight);
   const auto* from = static_cast<const Element*>(x.const_data_ptr());
   auto* to = static_cast<Element*>(y.mutable_data_ptr());
-  const auto multiply = columns % (4 * kLanes) == 0 ? row_product<4> : row_product<2>;
+  const auto multiply = columns % (4 * kLanes) == 0   ? row_product<4>
+                        : columns % (2 * kLanes) == 0 ? row_product<2>
+                                                      : row_product<1>;
   const int64_t grain = std::max<int64_t>(1, kGrain / (4 * d * inputs * columns));
   at::parallel_for(0, x.size(0) * h * w, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)

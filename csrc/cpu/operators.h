@@ -62,8 +62,7 @@ at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight);
 at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
-// And of sixteen channels or more.
-at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight);
+at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight);  // of sixteen channels or more
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
 at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight);

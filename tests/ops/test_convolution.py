@@ -365,7 +365,7 @@ def test_the_transposed_convolution_is_chosen_where_it_was_measured_to_be_faster
     x, weight = torch.zeros(1, 32, 4, 4, 4), torch.zeros(32, 16, 2, 2, 2)
     check_that_other_cpus_do_not_choose(is_faster_transposed, x, weight, machine)
     machine("AVX512", True)
-    assert not is_faster_transposed(torch.zeros(1, 64, 4, 4, 4), torch.zeros(64, 32, 2, 2, 2))
+    assert not is_faster_transposed(torch.zeros(1, 128, 4, 4, 4), torch.zeros(128, 64, 2, 2, 2))
     assert not is_faster_transposed(x.double(), weight.double())
     with backend("reference"):
         assert not is_faster_transposed(x, weight)
@@ -384,7 +384,7 @@ def test_the_v_net_takes_the_transposed_convolution(machine, monkeypatch):
         actual = network(x)
         monkeypatch.setattr(vnet, "is_faster_transposed", lambda x, weight: False)
         expected = network(x)
-    assert taken == [16, 8]
+    assert taken == [32, 16, 8]
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -413,7 +413,7 @@ def test_halving_is_chosen_where_its_gradient_was_measured_to_be_faster(machine)
     check_that_other_cpus_do_not_choose(is_faster_halving, x, weight, machine)
     machine("AVX512", True)
     assert not is_faster_halving(x.detach(), weight) and not is_faster_halving(x[..., :3], weight)
-    assert not is_faster_halving(torch.zeros(1, 32, 4, 4, 4, requires_grad=True), torch.zeros(64, 32, 2, 2, 2))
+    assert not is_faster_halving(torch.zeros(1, 64, 4, 4, 4, requires_grad=True), torch.zeros(128, 64, 2, 2, 2))
     with torch.no_grad():
         assert not is_faster_halving(x, weight)
 
@@ -428,5 +428,5 @@ def test_the_v_net_takes_halving_where_it_learns(machine, monkeypatch):
     for chosen in (is_faster_halving, lambda x, weight: False):
         monkeypatch.setattr(vnet, "is_faster_halving", chosen)
         results.append(torch.autograd.grad(network(x).square().mean(), network.block_one.conv[0].weight)[0])
-    assert taken == [8, 16]
+    assert taken == [8, 16, 32]
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-6)
