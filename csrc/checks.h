@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -153,6 +154,13 @@ inline void check_ce_dice_backward(
       "sums must be what the forward pass returned for these logits");
 }
 
+inline void check_like(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  TORCH_CHECK_VALUE(tensor.sizes() == other.sizes(), name, " must be of ", other_name, "'s shape, not ",
+                    tensor.sizes());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == other.scalar_type(), name, " must be of ", other_name, "'s dtype, not ",
+                   tensor.scalar_type());
+}
+
 inline void check_batch_norm_relu(
     const Tensor& x, const Tensor& weight, const Tensor& bias, const std::optional<Tensor>& skip,
     const std::optional<Tensor>& mean, const std::optional<Tensor>& variance) {
@@ -166,8 +174,15 @@ inline void check_batch_norm_relu(
   is_channels("bias", bias);
   if (mean) is_channels("mean", *mean), is_channels("variance", *variance);
   if (!skip) return;
-  TORCH_CHECK_VALUE(skip->sizes() == x.sizes(), "skip must be of x's shape, not ", skip->sizes());
-  TORCH_CHECK_TYPE(skip->scalar_type() == x.scalar_type(), "skip must be of x's dtype, not ", skip->scalar_type());
+  check_like("skip", *skip, "x", x);
+}
+
+inline void check_bias_leaky_relu(const char* name, const Tensor& maps, const Tensor& bias, double slope) {
+  TORCH_CHECK_VALUE(maps.dim() >= 2 && maps.size(1) > 0, name, " must be (B, C, *spatial) with C >= 1, not ",
+                    maps.sizes());
+  TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == maps.size(1), "bias must be (C,), not ", bias.sizes());
+  TORCH_CHECK_TYPE(bias.is_floating_point(), "bias must be of a floating dtype, not ", bias.scalar_type());
+  TORCH_CHECK_VALUE(slope >= 0 && std::isfinite(slope), "slope must be a finite number of at least 0, not ", slope);
 }
 
 // What all convolutions on a CPU ask of their maps and weights but for the shapes.
@@ -180,17 +195,21 @@ inline void check_maps_and_weight(const Tensor& x, const Tensor& weight) {
 
 inline void check_convolve(const Tensor& x, const Tensor& weight) {
   check_maps_and_weight(x, weight);
-  TORCH_CHECK_VALUE(x.dim() == 5, "x must be (B, C, H, W, D), not ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 5 || (x.dim() == 4 && x.size(1) >= 16),
+                    "x must be (B, C, H, W, D), or (B, C, H, W) with 16 channels or more, not ", x.sizes());
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(
       channels == 1 || (channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0),
       "x must have 1, 8, 16, 32, 64 or 128 channels, not ", channels);
-  TORCH_CHECK_VALUE(x.size(2) > 0 && x.size(3) > 0 && x.size(4) > 0, "x must have voxels, not be ", x.sizes());
-  TORCH_CHECK_VALUE(weight.dim() == 5, "weight must be (O, C, 3, 3, 3), not ", weight.sizes());
-  const std::array<int64_t, 5> shape{channels == 1 ? weight.size(0) : channels, channels, 3, 3, 3};
-  const at::IntArrayRef wanted = shape;
+  for (int64_t axis = 2; axis < x.dim(); ++axis)
+    TORCH_CHECK_VALUE(x.size(axis) > 0, "x must have voxels, not be ", x.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == x.dim(), "weight must be (O, C, 3, 3, 3), or of pixels (O, C, 3, 3), not ",
+                    weight.sizes());
+  std::vector<int64_t> wanted(x.dim(), 3);
+  wanted[0] = channels == 1 ? weight.size(0) : channels, wanted[1] = channels;
   TORCH_CHECK_VALUE(weight.size(0) > 0 && weight.size(0) % 8 == 0, "weight must have outputs in multiples of 8");
-  TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
+  TORCH_CHECK_VALUE(weight.sizes() == at::IntArrayRef(wanted), "weight must be ", at::IntArrayRef(wanted),
+                    " for this x, not ", weight.sizes());
 }
 
 inline void check_convolve_transposed(const Tensor& x, const Tensor& weight) {

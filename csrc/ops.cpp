@@ -24,6 +24,8 @@ TORCH_LIBRARY_IMPL(spss_fast, CPU, library) {
   library.impl("weighted_ce_dice_backward", &spss::weighted_ce_dice_backward);
   library.impl("batch_norm_relu", &spss::batch_norm_relu);
   library.impl("batch_norm_relu_backward", &spss::batch_norm_relu_backward);
+  library.impl("bias_leaky_relu", &spss::bias_leaky_relu);
+  library.impl("bias_leaky_relu_backward", &spss::bias_leaky_relu_backward);
 #if SPSS_HAS_FMA
   library.impl("convolve", &spss::convolve);
   library.impl("convolve_backward", &spss::convolve_backward);

@@ -181,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
   if (x.size(1) != kFew) return convolve_bf16_wide_backward(grad, x, weight, x_grad, weight_grad);
   const at::Tensor upstream = in_order(grad);
   return {x_grad ? filtered_by_planes(upstream, taps_of(weight, true), true) : at::empty({0}, x.options()),
-          weight_grad ? filter_gradient<kFew>(upstream, in_order(x), weight) : at::empty({0}, weight.options())};
+          weight_grad ? filter_gradient<kFew, 4>(upstream, in_order(x), weight) : at::empty({0}, weight.options())};
 }
 
 }  // namespace spss

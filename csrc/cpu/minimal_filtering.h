@@ -1,10 +1,10 @@
 // 3 x 3 x 3 convolution of maps with as many channels out as in, by the minimal filtering F(2 x 2 x 2, 3 x 3 x 3) of
 // Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016: a tile of eight outputs costs 64
-// products a pair of channels in place of 216.
+// products a pair of channels in place of 216. And 3 x 3 of slices by F(2 x 2, 3 x 3): 16 for four outputs, not 36.
 //
 // Maps lie channels last, so that a vector holds kLanes channels of a voxel. Blocks of tiles that fit into the
-// second-level cache go through data transform, 64 matrix products and inverse transform. The gradient of the input is
-// the convolution with the filter reversed and its channels exchanged; that of the filter is made of the adjoint
+// second-level cache go through data transform, a matrix product a point and inverse transform. The gradient of the
+// input is the convolution with the filter reversed and its channels exchanged; that of the filter is made of the adjoint
 // transforms.
 //
 // Transforms and sums are float32. Who includes this file says what maps hold and what is multiplied:
@@ -36,8 +36,14 @@
 namespace spss {
 namespace {
 
-constexpr int kPoints = 64;  // of the transforms: 4 along each axis
-constexpr int kPart = 16;    // longest run of tiles that share their data transform along the last axis
+constexpr int kPart = 16;  // longest run of tiles that share their data transform along the last axis
+
+// Functions are templates of P, the points along the first axis: 4, or 1 where there are but two axes, which are the
+// second and the third then.
+template <int P> constexpr int kPoints = 16 * P;       // of the transforms: 4 along each axis
+template <int P> constexpr int kOut = P == 4 ? 2 : 1;  // outputs of a tile along the first axis
+template <int P> constexpr int kTap = P == 4 ? 3 : 1;  // taps along the first axis
+template <int P> constexpr int kTaps = 9 * kTap<P>;
 
 // A transform along one axis, in place where there is room, and its adjoint.
 
@@ -65,7 +71,7 @@ SPSS_INLINE void transform_outputs_adjoint(Vector& a, Vector& b, Vector& c, Vect
   d = -b, c = a - b, b += a;
 }
 
-// Tiles of 2 x 2 x 2 outputs; a part is a run of them along the last axis.
+// Tiles of 2 x 2 x 2 outputs, or 2 x 2; a part is a run of them along the last axis.
 struct Part {
   int64_t volume, i, j, k, count;  // of its first tile, along each axis; tiles
 };
@@ -75,7 +81,8 @@ struct Tiles {
   int64_t rows, columns, length;  // tiles
   int64_t parts, most;            // along the last axis; tiles of the longest
 
-  explicit Tiles(const at::Tensor& x) : batch(x.size(0)), h(x.size(2)), w(x.size(3)), d(x.size(4)) {
+  explicit Tiles(const at::Tensor& x)
+      : batch(x.size(0)), h(x.dim() == 5 ? x.size(2) : 1), w(x.size(-2)), d(x.size(-1)) {
     rows = (h + 1) / 2, columns = (w + 1) / 2, length = (d + 1) / 2;
     parts = (length + kPart - 1) / kPart;
     most = (length + parts - 1) / parts;
@@ -96,11 +103,15 @@ struct Tiles {
 
 // What a thread works on: a block of at most kTiles tiles, (points, tiles, channels), the points a little apart so that
 // they do not fall into the same sets of a cache.
-template <int C> constexpr int64_t kTiles = C < 32 ? 48 : 24;
+template <int C, int P> constexpr int64_t kTiles = P == 1 ? 96 : C < 32 ? 48 : 24;
 constexpr int64_t kLine = 64 / sizeof(Factor);  // of a cache, in Factors
-template <int C> constexpr int64_t kStride = kTiles<C> * C + kLine;
-template <int C> constexpr int64_t kMatrix = C * C + kLine;  // of a transformed filter, from point to point, as far apart
+template <int C, int P> constexpr int64_t kStride = kTiles<C, P> * C + kLine;
+template <int C> constexpr int64_t kMatrix = C * C + kLine;  // of a transformed filter, as far apart
 constexpr int kLeft = kAtOnce == 4 ? 2 : 4;  // what products leave of the points along the third axis
+
+at::MemoryFormat channels_last(const at::Tensor& t) {
+  return t.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+}
 
 // Aligned to the lines of a cache.
 struct Free {
@@ -114,10 +125,10 @@ Buffer<T> buffer(int64_t size) {
   return Buffer<T>(static_cast<T*>(::operator new[](size * sizeof(T), std::align_val_t(64))));
 }
 
-template <int C>
+template <int C, int P>
 struct Block {
-  Buffer<Factor> data = buffer<Factor>(kPoints * kStride<C>);
-  Buffer<float> scratch = buffer<float>((2 * kPart + 4) * 16 * kLanes);
+  Buffer<Factor> data = buffer<Factor>(kPoints<P> * kStride<C, P>);
+  Buffer<float> scratch = buffer<float>((2 * kPart + 4) * 4 * P * kLanes);
   std::unique_ptr<Element[]> outside;  // a line of zeros
 
   explicit Block(const Tiles& tiles) : outside(std::make_unique<Element[]>(tiles.d * C)) {}
@@ -140,59 +151,62 @@ int64_t each_part(const Tiles& tiles, int64_t begin, int64_t end, Body body) {
 
 // Transforms along the first two axes voxel by voxel, of which two tiles share two, then along the third. To (points,
 // tiles, C), or to groups of G tiles, (points, tiles / G, C, G).
-template <int C, int G>
+template <int C, int P, int G>
 SPSS_HOT void data_of(
     const Element* x, const Tiles& tiles, const Part& part, const Element* outside, float* scratch, Factor* out) {
-  const Element* lines[16];
-  for (int q = 0; q < 16; ++q) {
-    const int64_t line = tiles.line(part.volume, 2 * part.i + q / 4 - 1, 2 * part.j + q % 4 - 1);
+  constexpr int L = 4 * P;
+  const Element* lines[L];
+  for (int q = 0; q < L; ++q) {
+    const int64_t line = tiles.line(part.volume, P == 4 ? 2 * part.i + q / 4 - 1 : 0, 2 * part.j + q % 4 - 1);
     lines[q] = line < 0 ? outside : x + line * C;
   }
   for (int64_t c = 0; c < C; c += kLanes) {
     for (int64_t p = 0; p < 2 * part.count + 2; ++p) {
       const int64_t k = 2 * part.k + p - 1, place = k * C + c;
-      float* to = scratch + p * 16 * kLanes;
+      float* to = scratch + p * L * kLanes;
       if (k < 0 || k >= tiles.d) {
-        std::fill_n(to, 16 * kLanes, 0.f);
+        std::fill_n(to, L * kLanes, 0.f);
         continue;
       }
-      Vector v[16];
-      SPSS_UNROLL for (int q = 0; q < 16; ++q) v[q] = load(lines[q] + place);
+      Vector v[L];
+      SPSS_UNROLL for (int q = 0; q < L; ++q) v[q] = load(lines[q] + place);
       // the lines that the next column of tiles will read, too short for the hardware to guess; past the end no harm is
       // done
-      SPSS_UNROLL for (int q = 2; q < 16; q += q % 4 == 3 ? 3 : 1)
+      SPSS_UNROLL for (int q = 2; q < L; q += q % 4 == 3 ? 3 : 1)
         __builtin_prefetch(lines[q] + place + 2 * tiles.d * C);
-      SPSS_UNROLL for (int i = 0; i < 4; ++i) transform_data(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
-      SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_data(v[j], v[4 + j], v[8 + j], v[12 + j]);
-      SPSS_UNROLL for (int q = 0; q < 16; ++q) store(to + q * kLanes, v[q]);
+      SPSS_UNROLL for (int i = 0; i < P; ++i) transform_data(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+      if constexpr (P == 4)
+        SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_data(v[j], v[4 + j], v[8 + j], v[12 + j]);
+      SPSS_UNROLL for (int q = 0; q < L; ++q) store(to + q * kLanes, v[q]);
     }
     // of a tile that fills the last group
-    std::fill_n(scratch + (2 * part.count + 2) * 16 * kLanes, 2 * (G - 1) * 16 * kLanes, 0.f);
+    std::fill_n(scratch + (2 * part.count + 2) * L * kLanes, 2 * (G - 1) * L * kLanes, 0.f);
     for (int64_t t = 0; t < part.count; t += G) {
-      const float* from = scratch + t * 32 * kLanes;
+      const float* from = scratch + t * 2 * L * kLanes;
       Factor* to = out + t * C + c * G;
-      for (int q = 0; q < 16; ++q, from += kLanes, to += 4 * kStride<C>) {
+      for (int q = 0; q < L; ++q, from += kLanes, to += 4 * kStride<C, P>) {
         Vector v[4][G];
         SPSS_UNROLL for (int g = 0; g < G; ++g) {
-          SPSS_UNROLL for (int k = 0; k < 4; ++k) v[k][g] = load(from + (2 * g + k) * 16 * kLanes);
+          SPSS_UNROLL for (int k = 0; k < 4; ++k) v[k][g] = load(from + (2 * g + k) * L * kLanes);
           transform_data(v[0][g], v[1][g], v[2][g], v[3][g]);
         }
-        SPSS_UNROLL for (int k = 0; k < 4; ++k) store_group(to + k * kStride<C>, v[k]);
+        SPSS_UNROLL for (int k = 0; k < 4; ++k) store_group(to + k * kStride<C, P>, v[k]);
       }
     }
   }
 }
 
-template <int C>
+template <int C, int P>
 SPSS_HOT void outputs_of(const float* sums, const Tiles& tiles, const Part& part, Element* y) {
   for (int64_t t = 0; t < part.count; ++t) {
     for (int64_t c = 0; c < C; c += kLanes) {
       const float* from = sums + t * C + c;
-      Vector planes[4][4];  // points along the first axis; outputs along the second and third
-      SPSS_UNROLL for (int i = 0; i < 4; ++i) {
+      Vector planes[P][4];  // points along the first axis; outputs along the second and third
+      SPSS_UNROLL for (int i = 0; i < P; ++i) {
         Vector v[4][kLeft];
         SPSS_UNROLL for (int j = 0; j < 4; ++j) {
-          SPSS_UNROLL for (int k = 0; k < kLeft; ++k) v[j][k] = load(from + ((4 * i + j) * kLeft + k) * kStride<C>);
+          SPSS_UNROLL for (int k = 0; k < kLeft; ++k)
+            v[j][k] = load(from + ((4 * i + j) * kLeft + k) * kStride<C, P>);
           if constexpr (kLeft == 4) transform_outputs(v[j][0], v[j][1], v[j][2], v[j][3]);
         }
         SPSS_UNROLL for (int k = 0; k < 2; ++k) {
@@ -201,9 +215,9 @@ SPSS_HOT void outputs_of(const float* sums, const Tiles& tiles, const Part& part
         }
       }
       SPSS_UNROLL for (int q = 0; q < 4; ++q) {
-        transform_outputs(planes[0][q], planes[1][q], planes[2][q], planes[3][q]);
+        if constexpr (P == 4) transform_outputs(planes[0][q], planes[1][q], planes[2][q], planes[3][q]);
         const int64_t k = 2 * (part.k + t) + q % 2;
-        SPSS_UNROLL for (int i = 0; i < 2; ++i) {
+        SPSS_UNROLL for (int i = 0; i < kOut<P>; ++i) {
           const int64_t line = tiles.line(part.volume, 2 * part.i + i, 2 * part.j + q / 2);
           if (line >= 0 && k < tiles.d) store(y + (line + k) * C + c, planes[i][q]);
         }
@@ -213,81 +227,85 @@ SPSS_HOT void outputs_of(const float* sums, const Tiles& tiles, const Part& part
 }
 
 // To groups of tiles, as data_of.
-template <int C>
+template <int C, int P>
 SPSS_HOT void outputs_adjoint(
     const Element* grad, const Tiles& tiles, const Part& part, const Element* outside, Factor* out) {
-  const Element* lines[4];
-  for (int q = 0; q < 4; ++q) {
+  constexpr int L = 4 * P, kGiven = 2 * kOut<P>;
+  const Element* lines[kGiven];
+  for (int q = 0; q < kGiven; ++q) {
     const int64_t line = tiles.line(part.volume, 2 * part.i + q / 2, 2 * part.j + q % 2);
     lines[q] = line < 0 ? outside : grad + line * C;
   }
   for (int64_t t = 0; t < part.count; t += kGroup) {
     for (int64_t c = 0; c < C; c += kLanes) {
-      float along[2 * kGroup][16 * kLanes];
+      float along[2 * kGroup][L * kLanes];
       for (int p = 0; p < 2 * kGroup; ++p) {
         const int64_t k = 2 * (part.k + t) + p;
         if (k >= tiles.d || t + p / 2 >= part.count) {
-          std::fill_n(along[p], 16 * kLanes, 0.f);
+          std::fill_n(along[p], L * kLanes, 0.f);
           continue;
         }
-        Vector v[16];
-        SPSS_UNROLL for (int q = 0; q < 4; ++q) v[4 * (q / 2) + q % 2] = load(lines[q] + k * C + c);
-        SPSS_UNROLL for (int i = 0; i < 2; ++i)
+        Vector v[L];
+        SPSS_UNROLL for (int q = 0; q < kGiven; ++q) v[4 * (q / 2) + q % 2] = load(lines[q] + k * C + c);
+        SPSS_UNROLL for (int i = 0; i < kOut<P>; ++i)
           transform_outputs_adjoint(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
-        SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_outputs_adjoint(v[j], v[4 + j], v[8 + j], v[12 + j]);
-        SPSS_UNROLL for (int q = 0; q < 16; ++q) store(along[p] + q * kLanes, v[q]);
+        if constexpr (P == 4)
+          SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_outputs_adjoint(v[j], v[4 + j], v[8 + j], v[12 + j]);
+        SPSS_UNROLL for (int q = 0; q < L; ++q) store(along[p] + q * kLanes, v[q]);
       }
       Factor* to = out + t * C + c * kGroup;
-      for (int q = 0; q < 16; ++q, to += 4 * kStride<C>) {
+      for (int q = 0; q < L; ++q, to += 4 * kStride<C, P>) {
         Vector v[4][kGroup];
         SPSS_UNROLL for (int g = 0; g < kGroup; ++g) {
           v[0][g] = load(along[2 * g] + q * kLanes), v[1][g] = load(along[2 * g + 1] + q * kLanes);
           transform_outputs_adjoint(v[0][g], v[1][g], v[2][g], v[3][g]);
         }
-        SPSS_UNROLL for (int k = 0; k < 4; ++k) store_group(to + k * kStride<C>, v[k]);
+        SPSS_UNROLL for (int k = 0; k < 4; ++k) store_group(to + k * kStride<C, P>, v[k]);
       }
     }
   }
 }
 
-// (C, 27, C) to groups of rows, (points, C / kGroup, C, kGroup), a group of the first axis; `reversed` takes the taps
+// (C, kTaps, C) to groups of rows, (points, C / kGroup, C, kGroup), a group of the first axis; `reversed` takes the taps
 // from the last to the first.
-template <int C>
+template <int C, int P>
 SPSS_HOT void filter_of(const float* taps, bool reversed, Factor* out) {
   for (int64_t c = 0; c < C; c += kLanes) {
-    Vector points[kPoints][kGroup];
+    Vector points[kPoints<P>][kGroup];
     for (int g = 0; g < kGroup; ++g) {
-      Vector v[kPoints];
-      SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
+      Vector v[kPoints<P>];
+      SPSS_UNROLL for (int i = 0; i < kTap<P>; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
         Vector* line = v + 16 * i + 4 * j;
         SPSS_UNROLL for (int k = 0; k < 3; ++k) {
           const int tap = 9 * i + 3 * j + k;
-          line[k] = load(taps + (27 * g + (reversed ? 26 - tap : tap)) * C + c);
+          line[k] = load(taps + (kTaps<P> * g + (reversed ? kTaps<P> - 1 - tap : tap)) * C + c);
         }
         transform_filter(line[0], line[1], line[2], line[3]);
       }
-      SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
+      SPSS_UNROLL for (int i = 0; i < kTap<P>; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
         Vector* line = v + 16 * i + k;
         transform_filter(line[0], line[4], line[8], line[12]);
       }
-      SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter(v[q], v[16 + q], v[32 + q], v[48 + q]);
-      SPSS_UNROLL for (int q = 0; q < kPoints; ++q) points[q][g] = v[q];
+      if constexpr (P == 4)
+        SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter(v[q], v[16 + q], v[32 + q], v[48 + q]);
+      SPSS_UNROLL for (int q = 0; q < kPoints<P>; ++q) points[q][g] = v[q];
     }
-    for (int q = 0; q < kPoints; ++q) store_group(out + q * kMatrix<C> + c * kGroup, points[q]);
+    for (int q = 0; q < kPoints<P>; ++q) store_group(out + q * kMatrix<C> + c * kGroup, points[q]);
   }
 }
 
-template <int C>
+template <int C, int P>
 SPSS_HOT void filter_adjoint(const float* points, float* taps) {
   for (int64_t c = 0; c < C; c += kLanes) {
-    Vector v[kPoints];
-    for (int q = 0; q < kPoints; ++q) v[q] = load(points + q * kMatrix<C> + c);
-    SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter_adjoint(v[q], v[16 + q], v[32 + q], v[48 + q]);
-    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
+    Vector v[kPoints<P>];
+    for (int q = 0; q < kPoints<P>; ++q) v[q] = load(points + q * kMatrix<C> + c);
+    if constexpr (P == 4)
+      SPSS_UNROLL for (int q = 0; q < 16; ++q) transform_filter_adjoint(v[q], v[16 + q], v[32 + q], v[48 + q]);
+    SPSS_UNROLL for (int i = 0; i < kTap<P>; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
       Vector* line = v + 16 * i + k;
       transform_filter_adjoint(line[0], line[4], line[8], line[12]);
     }
-    SPSS_UNROLL for (int i = 0; i < 3; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
+    SPSS_UNROLL for (int i = 0; i < kTap<P>; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
       Vector* line = v + 16 * i + 4 * j;
       transform_filter_adjoint(line[0], line[1], line[2], line[3]);
       SPSS_UNROLL for (int k = 0; k < 3; ++k) store(taps + (9 * i + 3 * j + k) * C + c, line[k]);
@@ -296,7 +314,7 @@ SPSS_HOT void filter_adjoint(const float* points, float* taps) {
 }
 
 // R rows of (tiles, C) by (C / kGroup, C, kGroup), of its columns N vectors, at kAtOnce points; all of it in registers.
-template <int C, int R, int N>
+template <int C, int P, int R, int N>
 SPSS_HOT_INLINE void product(const Factor* data, const Factor* filter, float* out) {
   Vector sums[R][N][kAtOnce] = {};
   for (int64_t c = 0; c < C; c += kGroup) {
@@ -304,26 +322,28 @@ SPSS_HOT_INLINE void product(const Factor* data, const Factor* filter, float* ou
       Row row[N];
       SPSS_UNROLL for (int n = 0; n < N; ++n) row[n] = load_row(filter + k * kMatrix<C> + c * C + n * kLanes * kGroup);
       SPSS_UNROLL for (int r = 0; r < R; ++r)
-        SPSS_UNROLL for (int n = 0; n < N; ++n) add_multiple(sums[r][n][k], data + k * kStride<C> + r * C + c, row[n]);
+        SPSS_UNROLL for (int n = 0; n < N; ++n)
+          add_multiple(sums[r][n][k], data + k * kStride<C, P> + r * C + c, row[n]);
     }
   }
   SPSS_UNROLL for (int r = 0; r < R; ++r)
     SPSS_UNROLL for (int n = 0; n < N; ++n) {
       Vector* v = sums[r][n];
       if constexpr (kAtOnce == 4) transform_outputs(v[0], v[1], v[2], v[3]);
-      SPSS_UNROLL for (int k = 0; k < kLeft * kAtOnce / 4; ++k) store(out + k * kStride<C> + r * C + n * kLanes, v[k]);
+      SPSS_UNROLL for (int k = 0; k < kLeft * kAtOnce / 4; ++k)
+        store(out + k * kStride<C, P> + r * C + n * kLanes, v[k]);
     }
 }
 
 // Rows are done by a few: those beyond `tiles` are computed and not read.
-template <int C>
+template <int C, int P>
 SPSS_HOT void products(const Factor* data, const Factor* filter, float* out, int64_t tiles) {
   constexpr int N = C == kLanes ? 1 : 2, R = kSums / kAtOnce / N;
-  static_assert(kTiles<C> % R == 0);
-  for (int q = 0; q < kPoints; q += kAtOnce, data += kAtOnce * kStride<C>, filter += kAtOnce * kMatrix<C>) {
+  static_assert(kTiles<C, P> % R == 0);
+  for (int q = 0; q < kPoints<P>; q += kAtOnce, data += kAtOnce * kStride<C, P>, filter += kAtOnce * kMatrix<C>) {
     for (int64_t n = 0; n < C; n += N * kLanes)
-      for (int64_t t = 0; t < tiles; t += R) product<C, R, N>(data + t * C, filter + n * kGroup, out + t * C + n);
-    out += kLeft * kAtOnce / 4 * kStride<C>;
+      for (int64_t t = 0; t < tiles; t += R) product<C, P, R, N>(data + t * C, filter + n * kGroup, out + t * C + n);
+    out += kLeft * kAtOnce / 4 * kStride<C, P>;
   }
 }
 
@@ -344,52 +364,53 @@ SPSS_HOT_INLINE void add_product(const Factor* data, const Factor* grad, int64_t
     }
 }
 
-template <int C>
+template <int C, int P>
 SPSS_HOT void add_products(const Factor* data, const Factor* grad, int64_t tiles, float* sum) {
   constexpr int N = C == kLanes ? 1 : 2, R = 8 / N;
-  for (int q = 0; q < kPoints; ++q, data += kStride<C>, grad += kStride<C>, sum += kMatrix<C>)
+  for (int q = 0; q < kPoints<P>; ++q, data += kStride<C, P>, grad += kStride<C, P>, sum += kMatrix<C>)
     for (int64_t n = 0; n < C; n += N * kLanes)
       for (int64_t r = 0; r < C; r += R)
         add_product<C, R, N>(data + r * kGroup, grad + n * kGroup, tiles, sum + r * C + n);
 }
 
 // Parts a block, fewer where there would be threads without one.
-template <int C>
+template <int C, int P>
 int64_t parts_a_block(const Tiles& tiles) {
   const int64_t threads = at::get_num_threads();
-  return std::max<int64_t>(1, std::min(kTiles<C> / in_groups(tiles.most), (tiles.count() + threads - 1) / threads));
+  const int64_t fit = kTiles<C, P> / in_groups(tiles.most);
+  return std::max<int64_t>(1, std::min(fit, (tiles.count() + threads - 1) / threads));
 }
 
-// (points, C / kGroup, C, kGroup) of taps (C, 27, C).
-template <int C>
+// (points, C / kGroup, C, kGroup) of taps (C, kTaps, C).
+template <int C, int P>
 Buffer<Factor> transformed(const at::Tensor& taps, bool reversed) {
-  Buffer<Factor> out = buffer<Factor>(kPoints * kMatrix<C>);
+  Buffer<Factor> out = buffer<Factor>(kPoints<P> * kMatrix<C>);
   const float* from = taps.const_data_ptr<float>();
   at::parallel_for(0, C / kGroup, 8 / kGroup, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin * kGroup; c < end * kGroup; c += kGroup)
-      filter_of<C>(from + c * 27 * C, reversed, out.get() + c * C);
+      filter_of<C, P>(from + c * kTaps<P> * C, reversed, out.get() + c * C);
   });
   return out;
 }
 
-template <int C>
+template <int C, int P>
 at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
-  at::Tensor y = with_huge_pages(at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::ChannelsLast3d)));
+  const at::Tensor y = with_huge_pages(at::empty(x.sizes(), x.options().memory_format(channels_last(x))));
   const Tiles tiles(x);
-  const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles);
+  const int64_t count = tiles.count(), parts = parts_a_block<C, P>(tiles);
   const Element* from = static_cast<const Element*>(x.const_data_ptr());
-  Element* to = static_cast<Element*>(y.data_ptr());
+  Element* to = static_cast<Element*>(y.mutable_data_ptr());
   at::parallel_for(0, (count + parts - 1) / parts, 1, [&](int64_t first, int64_t last) {
-    Block<C> block(tiles);
-    const auto sums = buffer<float>(kPoints / 4 * kLeft * kStride<C>);
+    Block<C, P> block(tiles);
+    const auto sums = buffer<float>(kPoints<P> / 4 * kLeft * kStride<C, P>);
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * parts, end = std::min(begin + parts, count);
       const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
-        data_of<C, 1>(from, tiles, part, block.outside.get(), block.scratch.get(), block.data.get() + place);
+        data_of<C, P, 1>(from, tiles, part, block.outside.get(), block.scratch.get(), block.data.get() + place);
       });
-      products<C>(block.data.get(), filter, sums.get(), filled);
+      products<C, P>(block.data.get(), filter, sums.get(), filled);
       each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
-        outputs_of<C>(sums.get() + place, tiles, part, to);
+        outputs_of<C, P>(sums.get() + place, tiles, part, to);
       });
     }
   });
@@ -397,54 +418,59 @@ at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
 }
 
 // Of `weight`'s layout. Every thread sums up its own tiles.
-template <int C>
+template <int C, int P>
 at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight) {
   const Tiles tiles(x);
-  const int64_t count = tiles.count(), parts = parts_a_block<C>(tiles), blocks = (count + parts - 1) / parts;
+  const int64_t count = tiles.count(), parts = parts_a_block<C, P>(tiles), blocks = (count + parts - 1) / parts;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), blocks);
   const at::Tensor sums =
-      at::zeros({std::max<int64_t>(threads, 1), kPoints * kMatrix<C>}, x.options().dtype(at::kFloat));
+      at::zeros({std::max<int64_t>(threads, 1), kPoints<P> * kMatrix<C>}, x.options().dtype(at::kFloat));
   const Element* values = static_cast<const Element*>(x.const_data_ptr());
   const Element* upstream = static_cast<const Element*>(grad.const_data_ptr());
   float* of_threads = sums.data_ptr<float>();
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    Block<C> block(tiles);
-    const auto adjoint = buffer<Factor>(kPoints * kStride<C>);
+    Block<C, P> block(tiles);
+    const auto adjoint = buffer<Factor>(kPoints<P> * kStride<C, P>);
     for (int64_t thread = first; thread < last; ++thread) {
       for (int64_t b = thread * blocks / threads; b < (thread + 1) * blocks / threads; ++b) {
         const int64_t begin = b * parts, end = std::min(begin + parts, count);
         const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
-          data_of<C, kGroup>(values, tiles, part, block.outside.get(), block.scratch.get(), block.data.get() + place);
-          outputs_adjoint<C>(upstream, tiles, part, block.outside.get(), adjoint.get() + place);
+          const Element* outside = block.outside.get();
+          data_of<C, P, kGroup>(values, tiles, part, outside, block.scratch.get(), block.data.get() + place);
+          outputs_adjoint<C, P>(upstream, tiles, part, outside, adjoint.get() + place);
         });
-        add_products<C>(block.data.get(), adjoint.get(), filled, of_threads + thread * kPoints * kMatrix<C>);
+        add_products<C, P>(block.data.get(), adjoint.get(), filled, of_threads + thread * kPoints<P> * kMatrix<C>);
       }
     }
   });
-  const at::Tensor total = sums.sum(0), taps = at::empty({C, 27, C}, total.options());  // inputs, taps, outputs
+  const at::Tensor total = sums.sum(0), taps = at::empty({C, kTaps<P>, C}, total.options());  // inputs, taps, outputs
   const float* from = total.const_data_ptr<float>();
   float* to = taps.data_ptr<float>();
   at::parallel_for(0, C, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) filter_adjoint<C>(from + c * C, to + c * 27 * C);
+    for (int64_t c = begin; c < end; ++c) filter_adjoint<C, P>(from + c * C, to + c * kTaps<P> * C);
   });
   return at::empty_like(weight).copy_(taps.permute({2, 0, 1}).view(weight.sizes()));
 }
 
-at::Tensor in_order(const at::Tensor& t) { return t.contiguous(at::MemoryFormat::ChannelsLast3d); }
+at::Tensor in_order(const at::Tensor& t) { return t.contiguous(channels_last(t)); }
 
-// body(the number of channels as a constant), of which `Fewest` are the fewest.
+// body(the number of channels, of which `Fewest` are the fewest, and P), both as constants.
 template <int Fewest, class Body>
-auto with_channels(int64_t channels, Body body) {
-  switch (channels) {
-    case 16: return body(std::integral_constant<int, 16>());
-    case 32: return body(std::integral_constant<int, 32>());
-    case 64: return body(std::integral_constant<int, 64>());
-    case 128: return body(std::integral_constant<int, 128>());
-    default: return body(std::integral_constant<int, Fewest>());
-  }
+auto with_constants(const at::Tensor& x, Body body) {
+  const auto with_channels = [&](auto P) {
+    switch (x.size(1)) {
+      case 16: return body(std::integral_constant<int, 16>(), P);
+      case 32: return body(std::integral_constant<int, 32>(), P);
+      case 64: return body(std::integral_constant<int, 64>(), P);
+      case 128: return body(std::integral_constant<int, 128>(), P);
+      default: return body(std::integral_constant<int, Fewest>(), P);
+    }
+  };
+  if (x.dim() == 5) return with_channels(std::integral_constant<int, 4>());
+  return with_channels(std::integral_constant<int, 1>());
 }
 
-// As inputs, 27 taps and outputs; `reversed`, for the gradient of the input, as outputs, taps and inputs.
+// As inputs, taps and outputs; `reversed`, for the gradient of the input, as outputs, taps and inputs.
 at::Tensor taps_of(const at::Tensor& weight, bool reversed) {
   return weight.flatten(2).permute({reversed ? 0 : 1, 2, reversed ? 1 : 0}).contiguous();
 }
@@ -452,8 +478,8 @@ at::Tensor taps_of(const at::Tensor& weight, bool reversed) {
 // x of Elements, the weight float32.
 template <int Fewest>
 at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight) {
-  return with_channels<Fewest>(x.size(1), [&](auto C) {
-    return filtered<C()>(in_order(x), transformed<C()>(taps_of(weight, false), false).get());
+  return with_constants<Fewest>(x, [&](auto C, auto P) {
+    return filtered<C(), P()>(in_order(x), transformed<C(), P()>(taps_of(weight, false), false).get());
   });
 }
 
@@ -462,9 +488,9 @@ std::tuple<at::Tensor, at::Tensor> convolved_backward(
     const at::Tensor& grad_, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   const at::Tensor grad = in_order(grad_);
   at::Tensor dx = at::empty({0}, x.options()), dweight = at::empty({0}, weight.options());
-  with_channels<Fewest>(x.size(1), [&](auto C) {
-    if (x_grad) dx = filtered<C()>(grad, transformed<C()>(taps_of(weight, true), true).get());
-    if (weight_grad) dweight = filter_gradient<C()>(grad, in_order(x), weight);
+  with_constants<Fewest>(x, [&](auto C, auto P) {
+    if (x_grad) dx = filtered<C(), P()>(grad, transformed<C(), P()>(taps_of(weight, true), true).get());
+    if (weight_grad) dweight = filter_gradient<C(), P()>(grad, in_order(x), weight);
   });
   return {dx, dweight};
 }

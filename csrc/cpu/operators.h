@@ -53,6 +53,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_relu_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias,
     const at::Tensor& mean, const at::Tensor& variance, double eps, bool batch_statistics);
 
+at::Tensor bias_leaky_relu(
+    const at::Tensor& x, const at::Tensor& bias, const std::optional<at::Tensor>& added, double slope);
+std::tuple<at::Tensor, at::Tensor> bias_leaky_relu_backward(
+    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& bias, double slope);
+
 #if SPSS_HAS_FMA  // without it oneDNN, which compiles for the machine, is faster
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> convolve_backward(

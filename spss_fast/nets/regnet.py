@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spss_fast.ops.activation import bias_leaky_relu
+from spss_fast.ops.convolution import convolve, is_faster_on_slices
 from spss_fast.ops.flow_head import flow_head, is_faster
 
 # a GPU's matrix units take channels by so many; of fewer cuDNN 9.19 pads some bf16 maps, and turns others to float32
@@ -27,19 +28,22 @@ def _on_gpu(x: Tensor) -> bool:
 def _layer(block: nn.Sequential, x: Tensor, weight: Tensor | None = None, added: Tensor | None = None) -> Tensor:
     """``block`` of ``x``, by another ``weight`` of the convolution if given, and ``added`` to what it activates.
 
-    A CPU's convolution adds the bias as it goes; a GPU does it in a pass over the feature map of its own, and another
-    sums the gradient: there one operator does all that follows the convolution. ``x`` may have further channels, of
-    zeros.
+    One operator does what follows a convolution, but for those of torch on a CPU, which add the bias as they go: on a
+    GPU that is a pass over the feature map of its own, and the gradient's sum another. ``x`` may have further channels,
+    of zeros.
     """
     convolution, activation = block
     weight, bias = convolution.weight if weight is None else weight, convolution.bias
-    if _on_gpu(x):
+    if is_faster_on_slices(x, weight):
+        y = convolve(x, weight.float())
+    elif _on_gpu(x):
         if zeros := x.shape[1] - weight.shape[1]:
             weight = F.pad(weight, (0, 0, 0, 0, 0, zeros))
         y = F.conv2d(x, weight, None, convolution.stride, convolution.padding)
-        return bias_leaky_relu(y, bias, added, activation.negative_slope)
-    y = F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
-    return activation(y if added is None else added + y)
+    else:
+        y = F.conv2d(x, weight, bias, convolution.stride, convolution.padding)
+        return activation(y if added is None else added + y)
+    return bias_leaky_relu(y, bias, added, activation.negative_slope)
 
 
 def _flow(convolution: nn.Conv2d, x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "contrastive": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "losses": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "norm": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
-    "activation": {"cpu": ("triton", "reference"), "cuda": ("triton", "reference")},
+    "activation": {"cpu": ("cpu", "triton", "reference"), "cuda": ("triton", "reference")},
     "convolution": {"cpu": ("cpu", "reference"), "cuda": ("reference",)},
 }
 # public operator -> the torch.ops.spss_fast.* it is made of; kernels/<operator>.py has Triton functions of these names

@@ -1,11 +1,12 @@
-"""The V-Net's convolutions on a CPU: ``F.conv3d(x, weight, padding=1)`` of 3 x 3 x 3 voxels, and upwards
-``F.conv_transpose3d(x, weight, stride=2)`` of 2 x 2 x 2, which is also what convolutions downwards send back.
+"""The networks' convolutions on a CPU: ``F.conv3d(x, weight, padding=1)`` of 3 x 3 x 3 voxels, ``F.conv2d`` of 3 x 3
+pixels, and upwards ``F.conv_transpose3d(x, weight, stride=2)`` of 2 x 2 x 2, which is also what convolutions downwards
+send back.
 
-For the former minimal filtering takes 64 products a pair of channels for eight outputs, where a direct convolution
-takes 216. In float32 its sums are as exact; in bfloat16 it multiplies rounded sums of values and of weights. Source:
-Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016, in three dimensions:
-F(2 x 2 x 2, 3 x 3 x 3). A single channel, which would gain nothing by it, is convolved directly. The latter is four
-matrix products a row of voxels, each of which writes a row of the result.
+For the former two minimal filtering takes 64 products a pair of channels for eight outputs, or 16 for four, where a
+direct convolution takes 216 or 36. In float32 its sums are as exact; in bfloat16 it multiplies rounded sums of values
+and of weights. Source: Lavin & Gray, "Fast algorithms for convolutional neural networks", CVPR 2016: F(2 x 2, 3 x 3),
+and in three dimensions F(2 x 2 x 2, 3 x 3 x 3). A single channel, which would gain nothing by it, is convolved
+directly. The transposed convolution is four matrix products a row of voxels, each of which writes a row of the result.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ HAS_AMX = torch.cpu._is_amx_tile_supported()
 
 def reference(x: Tensor, weight: Tensor) -> Tensor:
     """The definition of :func:`convolve` with torch's own operator."""
-    return F.conv3d(x, weight.to(x.dtype), padding=1)
+    convolution = F.conv3d if x.ndim == 5 else F.conv2d
+    return convolution(x, weight.to(x.dtype), padding=1)
 
 
 def convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """``F.conv3d(x, weight, padding=1)``, differentiable in both.
+    """``F.conv3d(x, weight, padding=1)``, or of slices ``F.conv2d``, differentiable in both.
 
     Args:
         x: (B, C, H, W, D) float32 or bfloat16 with C of 8, 16, 32, 64 or 128, read in place if channels last; or with C
-            of 1.
-        weight: (C, C, 3, 3, 3) float32; of one channel (O, 1, 3, 3, 3) with O a multiple of 8.
+            of 1; or slices (B, C, H, W), of 16 channels or more.
+        weight: (C, C, 3, 3, 3) float32; of one channel (O, 1, 3, 3, 3) with O a multiple of 8; of slices (C, C, 3, 3).
 
     Returns:
-        (B, C or O, H, W, D) of x's dtype, by the C++ operator channels last, whatever autocast says. Deterministic for
-        a number of threads. The gradient, of one channel torch's own, is once differentiable.
+        (B, C or O, H, W, D) or (B, C, H, W) of x's dtype, by the C++ operator channels last, whatever autocast says.
+        Deterministic for a number of threads. The gradient, of one channel torch's own, is once differentiable.
 
         bfloat16 maps go through the C++ operator on CPUs with AVX512-BF16. It errs by 5e-3 of the result's norm, twice
         as much as what bfloat16 itself rounds, of one channel no more than that; its gradient of the weight is float32.
@@ -50,14 +52,15 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     """
     checks.is_tensor("x", x, *DTYPES)
     checks.is_tensor("weight", weight, torch.float32)
-    if x.ndim != 5 or x.shape[1] not in (1, *CHANNELS):
-        raise ValueError(f"x must be (B, C, H, W, D) with C of {(1, *CHANNELS)}, not of shape {tuple(x.shape)}")
+    if x.ndim not in (4, 5) or x.shape[1] not in (CHANNELS[1:] if x.ndim == 4 else (1, *CHANNELS)):
+        raise ValueError(f"x must be (B, C, H, W, D) with C of {(1, *CHANNELS)}, or (B, C, H, W) with C of "
+                         f"{CHANNELS[1:]}, not of shape {tuple(x.shape)}")
     if 0 in x.shape[2:]:
         raise ValueError(f"x must have voxels, not be of shape {tuple(x.shape)}")
     outputs = weight.shape[0] if x.shape[1] == 1 and weight.ndim == 5 else x.shape[1]
     if outputs == 0 or outputs % 8:
         raise ValueError(f"weight must be (O, 1, 3, 3, 3) with O a multiple of 8, not of shape {tuple(weight.shape)}")
-    checks.has_shape("weight", weight, (outputs, x.shape[1], 3, 3, 3), "x", x)
+    checks.has_shape("weight", weight, (outputs, x.shape[1], *[3] * (x.ndim - 2)), "x", x)
     if _use_reference(x):
         with torch.autocast(x.device.type, enabled=False):
             return reference(x, weight)
@@ -151,6 +154,15 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     return measured and tiles >= least
 
 
+def is_faster_on_slices(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`convolve` takes such slices ``x`` and was measured to be faster than ``F.conv2d`` by more than a
+    call of it from Python costs: of 16 and 32 channels and a thousand tiles of four outputs, on CPUs with AVX512-BF16
+    but without AMX; others were not measured."""
+    fits = x.device.type == "cpu" and x.dtype in DTYPES and weight.shape in ((16, 16, 3, 3), (32, 32, 3, 3))
+    tiles = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+    return fits and tiles >= 1000 and was_measured() and backends.active("convolution", "cpu") == "cpu"
+
+
 def is_faster_transposed(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`convolve_transposed` gives what ``F.conv_transpose3d`` would, in the dtype that autocast asks for,
     and was measured to be faster: up to 32 channels, on CPUs with AVX512-BF16 but without AMX; others were not
@@ -178,15 +190,18 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == wanted and backends.active("convolution", "cpu") == "cpu"
 
 
+def _channels_last(x: Tensor) -> torch.memory_format:
+    return torch.channels_last_3d if x.ndim == 5 else torch.channels_last
+
+
 @torch.library.register_fake("spss_fast::convolve")
 def _fake(x, weight):
-    maps = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
-    return maps.contiguous(memory_format=torch.channels_last_3d)
+    return x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]).contiguous(memory_format=_channels_last(x))
 
 
 @torch.library.register_fake("spss_fast::convolve_backward")
 def _fake_backward(grad, x, weight, x_grad, weight_grad):
-    dx = torch.empty_like(x, memory_format=torch.channels_last_3d) if x_grad else x.new_empty(0)
+    dx = torch.empty_like(x, memory_format=_channels_last(x)) if x_grad else x.new_empty(0)
     return dx, torch.empty_like(weight) if weight_grad else weight.new_empty(0)
 
 

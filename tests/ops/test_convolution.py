@@ -1,5 +1,7 @@
 """The V-Net's convolutions: accuracy, determinism, where it is chosen, and errors that name the argument."""
 
+import copy
+
 import pytest
 import torch
 from operator_cases.case import arrange
@@ -7,11 +9,18 @@ from operator_cases.convolution import SHAPES
 from threads import by_threads
 from torch.nn import functional as F
 
-from spss_fast.nets import vnet
+from spss_fast.nets import regnet, vnet
+from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet
 from spss_fast.ops import backend, convolution, convolve, convolve_transposed
 from spss_fast.ops.backends import available
-from spss_fast.ops.convolution import halve, is_faster, is_faster_halving, is_faster_transposed
+from spss_fast.ops.convolution import (
+    halve,
+    is_faster,
+    is_faster_halving,
+    is_faster_on_slices,
+    is_faster_transposed,
+)
 
 COMPILED = pytest.mark.skipif(
     "cpu" not in available("convolution", "cpu"),
@@ -23,14 +32,20 @@ BF16 = pytest.mark.skipif(
 )
 
 
+LAST = {5: torch.channels_last_3d, 4: torch.channels_last}
 # kinds of CPU, as `machine` takes them, and whether they choose what was measured on those with AVX512-BF16 alone
 ONLY_WITH_AVX512_BF16 = (
     (("AVX2",), False), (("AVX512",), False), (("AVX512", True), True), (("AVX512", True, True), False),
 )
 
 
+def torchs(x, weight):
+    """Torch's own convolution of volumes, or of slices."""
+    return (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, padding=1)
+
+
 def maps(*shape):
-    return torch.randn(shape).contiguous(memory_format=torch.channels_last_3d)
+    return torch.randn(shape).contiguous(memory_format=LAST[len(shape)])
 
 
 def gradients(function, x, weight, upstream):
@@ -39,16 +54,15 @@ def gradients(function, x, weight, upstream):
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
 
-@pytest.mark.parametrize("shape", [(4, 16, 24, 24, 20), (2, 128, 6, 7, 5)])
+@pytest.mark.parametrize("shape", [(4, 16, 24, 24, 20), (2, 128, 6, 7, 5), (16, 32, 32, 30)])
 def test_is_as_near_to_float64_as_torchs_own(shape):
     torch.manual_seed(0)
-    x, upstream, weight = maps(*shape), maps(*shape), torch.randn(shape[1], shape[1], 3, 3, 3)
-    exact = gradients(lambda *t: F.conv3d(*t, padding=1), x.double(), weight.double(), upstream.double())
-    ours = gradients(convolve, x, weight, upstream)
-    torchs = gradients(lambda *t: F.conv3d(*t, padding=1), x, weight, upstream)
-    for actual, other, expected in zip(ours, torchs, exact):
-        error, others = ((t - expected).norm() / expected.norm() for t in (actual, other))
-        assert error < max(2 * others, 5e-7)
+    x, upstream, weight = maps(*shape), maps(*shape), torch.randn(shape[1], shape[1], *[3] * (len(shape) - 2))
+    exact = gradients(torchs, x.double(), weight.double(), upstream.double())
+    ours, others = gradients(convolve, x, weight, upstream), gradients(torchs, x, weight, upstream)
+    for actual, other, expected in zip(ours, others, exact):
+        error, of_torch = ((t - expected).norm() / expected.norm() for t in (actual, other))
+        assert error < max(2 * of_torch, 5e-7)
 
 
 @BF16
@@ -61,8 +75,8 @@ def test_bfloat16_errs_no_more_than_three_times_what_torchs_own_does(shape, layo
     are rounded, where torch rounds weights and results alone."""
     torch.manual_seed(0)
     x, upstream = (arrange(torch.randn(shape).relu().bfloat16(), layout) for _ in range(2))
-    weight = torch.randn(shape[1], shape[1], 3, 3, 3)
-    exact = gradients(lambda *t: F.conv3d(*t, padding=1), x.double(), weight.double(), upstream.double())
+    weight = torch.randn(shape[1], shape[1], *[3] * (x.ndim - 2))
+    exact = gradients(torchs, x.double(), weight.double(), upstream.double())
     ours = gradients(convolve, x, weight, upstream)
     assert [t.dtype for t in ours] == [torch.bfloat16, torch.bfloat16, torch.float32]
     for actual, expected in zip(ours, exact):
@@ -106,14 +120,15 @@ def test_bfloat16_goes_by_the_reference_where_the_cpu_does_not_multiply_it(monke
 
 @COMPILED
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
-def test_gives_the_same_bits_again_and_keeps_channels_last(dtype):
+@pytest.mark.parametrize("shape", [(3, 16, 9, 7, 21), (3, 16, 9, 7)])
+def test_gives_the_same_bits_again_and_keeps_channels_last(shape, dtype):
     torch.manual_seed(0)
-    x, upstream, weight = maps(3, 16, 9, 7, 21).to(dtype), maps(3, 16, 9, 7, 21).to(dtype), torch.randn(16, 16, 3, 3, 3)
+    x, upstream, last = maps(*shape).to(dtype), maps(*shape).to(dtype), LAST[len(shape)]
+    weight = torch.randn(16, 16, *[3] * (x.ndim - 2))
     first = gradients(convolve, x, weight, upstream)
-    again = gradients(convolve, x.contiguous(), weight.contiguous(memory_format=torch.channels_last_3d), upstream)
+    again = gradients(convolve, x.contiguous(), weight.contiguous(memory_format=last), upstream)
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert first[0].is_contiguous(memory_format=torch.channels_last_3d)
-    assert first[1].is_contiguous(memory_format=torch.channels_last_3d)
+    assert first[0].is_contiguous(memory_format=last) and first[1].is_contiguous(memory_format=last)
 
 
 @COMPILED
@@ -145,6 +160,8 @@ def test_refuses_what_it_does_not_compute():
         ((x, weight.half()), TypeError, "weight must be float32"),
         ((x[:, :7], weight), ValueError, "x must be"),
         ((x[0], weight), ValueError, "x must be"),
+        ((x[:, :, 0], weight[..., 0]), ValueError, "x must be"),  # slices of eight channels
+        ((x[:, :, 0].repeat(1, 2, 1, 1), weight), ValueError, "weight must be"),
         ((x[..., :0], weight), ValueError, "x must have voxels"),
         ((x, weight[:, :4]), ValueError, "weight must be"),
         ((x[:, :1], weight), ValueError, "weight must be"),
@@ -217,6 +234,46 @@ def test_is_chosen_where_it_was_measured_to_be_faster(machine):
     assert not is_faster(x, weight[..., :2])
     with backend("reference"):
         assert not is_faster(x, weight)
+
+
+@COMPILED
+def test_on_slices_it_is_chosen_where_it_was_measured_to_be_faster(machine):
+    x, weight = torch.zeros(16, 32, 16, 16), torch.zeros(32, 32, 3, 3)  # 1024 tiles
+    for kind, chosen in ONLY_WITH_AVX512_BF16:
+        machine(*kind)
+        assert is_faster_on_slices(x, weight) == is_faster_on_slices(x.bfloat16(), weight.bfloat16()) == chosen
+    machine("AVX512", True)
+    assert not is_faster_on_slices(x[:, :, :14], weight)
+    assert not is_faster_on_slices(x[:, :16], weight[:, :16])  # to more channels
+    assert not is_faster_on_slices(x.half(), weight)
+    with backend("reference"):
+        assert not is_faster_on_slices(x, weight)
+
+
+@COMPILED
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=BF16)])
+def test_the_registration_net_takes_it(machine, monkeypatch, dtype):
+    """Both ways err by as much from float32."""
+    machine("AVX512", True)
+    torch.manual_seed(0)
+    network = RegistrationNet().to(memory_format=torch.channels_last)
+    network.flow.weight.data.normal_(0, 0.1)
+    pair, taken = [torch.randn(16, 1, 64, 64) for _ in range(2)], []
+    monkeypatch.setattr(regnet, "convolve", lambda x, weight: taken.append(x.shape[1:3]) or convolve(x, weight))
+
+    def step(dtype):
+        copied = copy.deepcopy(network).to(dtype)
+        y = copied(*(x.to(dtype) for x in pair))
+        return [y.detach(), *torch.autograd.grad(y.square().mean(), list(copied.parameters()))]
+
+    ours = step(dtype)
+    assert taken == [(32, 16), (32, 32), (16, 64)]  # the skip connection at a quarter, and both that end a level
+    monkeypatch.setattr(regnet, "is_faster_on_slices", lambda x, weight: False)
+    others, exact = step(dtype), step(torch.float32)
+    for actual, other, expected in zip(ours, others, exact):
+        assert actual.dtype == other.dtype
+        error, of_torch = ((t.float() - expected).norm() for t in (actual, other))
+        assert error < 3 * of_torch + 1e-5 * expected.norm()
 
 
 @COMPILED

@@ -4,17 +4,18 @@ from operator_cases.case import Case
 from spss_fast.ops import convolution, convolve, convolve_transposed, flow_head
 
 # every number of channels that are filtered, and a single one; odd sides, sides of one voxel, lines of several parts,
-# parts of a block, an empty batch
+# parts of a block, an empty batch; volumes, and slices
 SHAPES = ((2, 8, 5, 6, 7), (1, 8, 3, 4, 65), (3, 16, 4, 1, 9), (2, 32, 1, 5, 2), (1, 64, 7, 2, 3), (2, 128, 3, 3, 1),
-          (0, 8, 4, 4, 4), (2, 1, 5, 6, 27), (1, 1, 3, 1, 2), (0, 1, 4, 4, 4))
+          (0, 8, 4, 4, 4), (2, 1, 5, 6, 27), (1, 1, 3, 1, 2), (0, 1, 4, 4, 4),
+          (1, 16, 3, 70), (3, 16, 9, 6), (2, 32, 1, 7), (1, 64, 4, 1), (1, 128, 3, 3), (0, 16, 4, 4))
 
 
 def _make(shape, dtype, generator):
     """Outputs of about one, as after initialisation."""
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     outputs = 16 if shape[1] == 1 else shape[1]
-    weight = torch.randn(outputs, shape[1], 3, 3, 3, generator=generator, dtype=torch.float64)
-    return x.to(dtype), (weight / (27 * shape[1]) ** 0.5).to(dtype)
+    weight = torch.randn(outputs, shape[1], *[3] * (x.ndim - 2), generator=generator, dtype=torch.float64)
+    return x.to(dtype), (weight / weight[0].numel() ** 0.5).to(dtype)
 
 
 def _raw(x, weight):
