@@ -1,7 +1,8 @@
 """Registration beside the V-Nets: neither needs the other but for the fused labels, and each leaves gaps that the other
 fills.
 
-On a GPU it has a stream of its own, on a CPU a thread of its own with half of the cores; else it runs in turn.
+On a GPU it has a stream of its own, on a CPU a thread of its own with half of the cores, which computes the supervised
+loss's gradients, too; else it runs in turn.
 """
 
 from __future__ import annotations

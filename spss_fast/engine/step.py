@@ -161,9 +161,26 @@ def student_passes(
     student's labels (L, h, w, d) uint8, all detached.
     """
     student, selection, labeled = state.student, state.config.selection, len(label)
+    parameters = list(student.parameters())
+    student.zero_grad(set_to_none=True)
     with phase("student"), state.autocast():
         # 3. on the clean view; the whole batch, for the batch norm's sake
         logits_s = student(image)[:labeled].float()
+
+    # 8. supervised loss on the fused labels, and 9. its gradients
+    def supervise() -> tuple[Tensor | None, ...]:
+        with phase("losses"):
+            ce, dice = weighted_ce_dice(logits_s, label.long(), weights)
+            loss_s = 0.5 * (ce + 0.3 * dice)
+        with phase("student"):
+            gradients = torch.autograd.grad(state.scaler.scale(loss_s), parameters, allow_unused=True)
+        return loss_s.detach(), *gradients
+
+    # what follows shares nothing with them but the parameters: a CPU computes both at once, and on a GPU, where a graph
+    # is of one stream, the feature maps are gone by then
+    supervised = (state.beside if state.device.type == "cpu" else InTurn()).run(supervise)
+
+    with phase("student"), state.autocast():
         # 5. on m
         encoded_m = student.encode(mixed)
         decoded_m = student.decode(encoded_m)
@@ -185,16 +202,22 @@ def student_passes(
             features_a, features_b, features_m, classes_a, classes_m, selection.negatives, selection.temperature,
             selection.contrast == "bidirectional",
         )
-        # 8. supervised loss on the fused labels
-        ce, dice = weighted_ce_dice(logits_s, label.long(), weights)
-        loss_s = 0.5 * (ce + 0.3 * dice)
-        loss = loss_s + loss_u + loss_c
-    # 9. gradients
-    state.student.zero_grad(set_to_none=True)
+    # 9. gradients of L_u + L_c, and those of L_s
     with phase("student"):
-        state.scaler.scale(loss).backward()
-    losses = (loss, loss_s, loss_u, loss_c, (ce_m + dice_all).double())
+        state.scaler.scale(loss_u + loss_c).backward()
+        loss_s, *gradients = supervised.receive()
+        add_gradients(parameters, gradients)
+    losses = (loss_s + loss_u + loss_c, loss_s, loss_u, loss_c, (ce_m + dice_all).double())
     return *(x.detach() for x in losses), logits_s.detach().max(1).indices.to(torch.uint8)
+
+
+def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Add ``gradients``, or None for those of no influence, to what ``parameters`` have."""
+    both = [(p.grad, g) for p, g in zip(parameters, gradients) if p.grad is not None and g is not None]
+    torch._foreach_add_([own for own, _ in both], [other for _, other in both])
+    for parameter, gradient in zip(parameters, gradients):
+        if parameter.grad is None:
+            parameter.grad = gradient
 
 
 def joint_iteration(state: State, batch: Batch) -> Outputs:
