@@ -1,8 +1,8 @@
 """The networks' convolutions against torch's own, which are oneDNN's: a GPU has no other here.
 
 The sizes are those of the V-Net's levels at half resolution and width, and of LA's first two, and of the registration
-net's last convolution for both. Of the image's convolution and of those upwards the forward pass alone is measured, as
-torch does the rest.
+net's two largest levels and last convolution for both. Of the image's convolution and of those upwards the forward
+pass alone is measured, as torch does the rest.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from spss_fast.ops.convolution import MULTIPLIES_BF16
 
 SIZES = [
     (4, 8, 64, 64, 48), (4, 16, 32, 32, 24), (4, 32, 16, 16, 12), (4, 64, 8, 8, 6), (4, 16, 112, 112, 80),
-    (4, 32, 56, 56, 40),
+    (4, 32, 56, 56, 40), (16, 16, 64, 64), (16, 32, 32, 32), (32, 16, 112, 112), (32, 32, 56, 56),
 ]
+LAST = {5: torch.channels_last_3d, 4: torch.channels_last}
 CASES = {"forward": False, "forward + backward": True}
-PROVIDERS = {"spss_fast": convolve, "torch": functools.partial(F.conv3d, padding=1)}
+PROVIDERS = {"spss_fast": convolve, "torch": lambda x, weight: _torchs(x)(x, weight, padding=1)}
 # ours, torch's, and the shapes of x and of the weight
 FORWARD = {
     "image": (convolve, PROVIDERS["torch"], [
@@ -29,16 +30,21 @@ FORWARD = {
     ]),
     "transposed": (convolve_transposed, functools.partial(F.conv_transpose3d, stride=2), [
         ((4, 16, 32, 32, 24), (16, 8, 2, 2, 2)), ((4, 32, 16, 16, 12), (32, 16, 2, 2, 2)),
-        ((4, 32, 56, 56, 40), (32, 16, 2, 2, 2)),
+        ((4, 64, 8, 8, 6), (64, 32, 2, 2, 2)), ((4, 32, 56, 56, 40), (32, 16, 2, 2, 2)),
+        ((4, 64, 28, 28, 20), (64, 32, 2, 2, 2)),
     ]),
 }
 # in float32 torch's own gradient of the weight errs by 1e-5 on CPUs with AVX-512
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
 
 
+def _torchs(x: torch.Tensor):
+    return F.conv3d if x.ndim == 5 else F.conv2d
+
+
 def _maps(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Maps as a training step has them: channels last."""
-    return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    return torch.randn(shape).to(dtype).contiguous(memory_format=LAST[len(shape)])
 
 
 def _dtype(device: str, name: str) -> torch.dtype:
@@ -54,8 +60,8 @@ def _dtype(device: str, name: str) -> torch.dtype:
 def data(shape: tuple[int, ...], dtype: torch.dtype):
     torch.manual_seed(0)
     maps = [_maps(shape, dtype) for _ in range(2)]
-    weight = torch.randn(shape[1], shape[1], 3, 3, 3) / (27 * shape[1]) ** 0.5
-    return [maps[0], weight.contiguous(memory_format=torch.channels_last_3d)], maps[1]
+    weight = _maps((shape[1], shape[1], *[3] * (len(shape) - 2)), torch.float32)
+    return [maps[0], weight / weight[0].numel() ** 0.5], maps[1]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -76,9 +82,9 @@ def bench_convolution(measure, device, shape, name, case, provider):
     leaves_of = {by: [t.detach().requires_grad_(CASES[case]) for t in (inputs[0], w)] for by, w in weights.items()}
     for actual, expected in zip(run(), run("torch")):
         assert (actual - expected).norm() < TOLERANCE[name] * expected.norm()
-    size = inputs[0].nbytes
-    measure(run, operator="convolution", case=f"{case}, {name}", size="x".join(map(str, shape)), provider=provider,
-            elements=inputs[0].numel() * shape[1], bytes=(6 if CASES[case] else 2) * size)
+    what = ("" if len(shape) == 5 else "slices, ") + case
+    measure(run, operator="convolution", case=f"{what}, {name}", size="x".join(map(str, shape)), provider=provider,
+            elements=inputs[0].numel() * shape[1], bytes=(6 if CASES[case] else 2) * inputs[0].nbytes)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -107,7 +113,7 @@ def bench_forward(measure, device, kind, sizes, name, provider):
 def bench_flow_head(measure, device, shape, name, case, provider):
     dtype = _dtype(device, name)
     torch.manual_seed(0)
-    x = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = _maps(shape, dtype)
     weight, bias = torch.randn(2, 16, 3, 3) / 12, torch.randn(2)
     upstream = torch.randn(shape[0], 2, *shape[2:])
 
