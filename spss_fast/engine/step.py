@@ -206,18 +206,10 @@ def student_passes(
     with phase("student"):
         state.scaler.scale(loss_u + loss_c).backward()
         loss_s, *gradients = supervised.receive()
-        add_gradients(parameters, gradients)
+        both = [(p.grad, g) for p, g in zip(parameters, gradients) if g is not None]  # L_u reaches all that L_s does
+        torch._foreach_add_(*map(list, zip(*both)))
     losses = (loss_s + loss_u + loss_c, loss_s, loss_u, loss_c, (ce_m + dice_all).double())
     return *(x.detach() for x in losses), logits_s.detach().max(1).indices.to(torch.uint8)
-
-
-def add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Add ``gradients``, or None for those of no influence, to what ``parameters`` have."""
-    both = [(p.grad, g) for p, g in zip(parameters, gradients) if p.grad is not None and g is not None]
-    torch._foreach_add_([own for own, _ in both], [other for _, other in both])
-    for parameter, gradient in zip(parameters, gradients):
-        if parameter.grad is None:
-            parameter.grad = gradient
 
 
 def joint_iteration(state: State, batch: Batch) -> Outputs:

@@ -1,4 +1,4 @@
-"""The V-Net's convolutions: accuracy, determinism, where it is chosen, and errors that name the argument."""
+"""The networks' convolutions: accuracy, determinism, where it is chosen, and errors that name the argument."""
 
 import copy
 
