@@ -25,7 +25,8 @@ def resolve_device(name: str) -> torch.device:
             torch.cuda.set_device(device)  # streams and Triton's kernels go where the current device is
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name} cannot be used ({reason}): use --device auto, cpu or cuda") from error
+        others = ["auto", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UserError(f"device {name} cannot be used ({reason}): use --device {', '.join(others)} or cpu") from error
     return device
 
 

@@ -95,7 +95,9 @@ def _say_slow(operator: str, tensor: torch.Tensor, instead: str) -> None:
     """Say, when it first matters, that compiled operators are missing, or not compiled for the machine."""
     if torch.compiler.is_compiling() or _preferred == "reference":
         return
-    build = "`pip install --no-build-isolation .` beside an installed torch and"
+    # in a checkout's folder Python imports its files, whatever else is installed
+    place = "-e ." if Path(__file__).parents[2].joinpath("setup.py").is_file() else "."
+    build = f"`pip install --no-build-isolation {place}` beside an installed torch and"
     if _missing:
         _say(f"spss_fast: the compiled extension {_missing}, so operators run on the slower reference backend where "
              f"there is no Triton; {build} a C++ compiler builds it")

@@ -36,7 +36,7 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         x: (B, C, H, W, D) float32 or bfloat16 with C of 8, 16, 32, 64 or 128, read in place if channels last; or with C
-            of 1; or slices (B, C, H, W), of 16 channels or more.
+            of 1; or slices (B, C, H, W) with C of 16, 32, 64 or 128.
         weight: (C, C, 3, 3, 3) float32; of one channel (O, 1, 3, 3, 3) with O a multiple of 8; of slices (C, C, 3, 3).
 
     Returns:
