@@ -82,7 +82,7 @@ void row_product(const Element* x, int64_t voxels, int64_t inputs, const Factor*
     });
 }
 
-at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight) {
+inline at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight) {
   const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast3d);
   const int64_t h = x.size(2), w = x.size(3), d = x.size(4), inputs = x.size(1), columns = 2 * weight.size(1);
   const at::Tensor y = empty_maps(x, {x.size(0), weight.size(1), 2 * h, 2 * w, 2 * d});
@@ -155,7 +155,7 @@ void convolved_row(const Element* x, int64_t voxels, int64_t row, int64_t plane,
     each_tile(voxels, size, [&](int64_t v) { tile(x + v, row, plane, filter, outputs, y + v * outputs + o); });
 }
 
-at::Tensor convolved_channel(const at::Tensor& x, const at::Tensor& weight) {
+inline at::Tensor convolved_channel(const at::Tensor& x, const at::Tensor& weight) {
   const int64_t h = x.size(2), w = x.size(3), d = x.size(4), outputs = weight.size(0);
   const at::Tensor padded = at::constant_pad_nd(x, {1, kGroup, 1, 1, 1, 1}).contiguous();
   const int64_t row = padded.size(4), plane = padded.size(3) * row;
