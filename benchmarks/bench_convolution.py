@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from spss_fast.ops import convolve, convolve_transposed, flow_head
-from spss_fast.ops.convolution import MULTIPLIES_BF16
+from spss_fast.ops.convolution import MULTIPLIES_BF16, reference
 
 SIZES = [
     (4, 8, 64, 64, 48), (4, 16, 32, 32, 24), (4, 32, 16, 16, 12), (4, 64, 8, 8, 6), (4, 16, 112, 112, 80),
@@ -22,7 +22,7 @@ SIZES = [
 ]
 LAST = {5: torch.channels_last_3d, 4: torch.channels_last}
 CASES = {"forward": False, "forward + backward": True}
-PROVIDERS = {"spss_fast": convolve, "torch": lambda x, weight: _torchs(x)(x, weight, padding=1)}
+PROVIDERS = {"spss_fast": convolve, "torch": reference}
 # ours, torch's, and the shapes of x and of the weight
 FORWARD = {
     "image": (convolve, PROVIDERS["torch"], [
@@ -36,10 +36,6 @@ FORWARD = {
 }
 # in float32 torch's own gradient of the weight errs by 1e-5 on CPUs with AVX-512
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1e-2}
-
-
-def _torchs(x: torch.Tensor):
-    return F.conv3d if x.ndim == 5 else F.conv2d
 
 
 def _maps(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

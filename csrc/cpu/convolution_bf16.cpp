@@ -1,4 +1,4 @@
-// convolve of bfloat16 maps with one channel or eight, by registers of eight lanes; all else: convolution_bf16_wide.cpp.
+// convolve of bfloat16 maps of one channel or eight, by registers of eight lanes; the rest: convolution_bf16_wide.cpp.
 // The transforms are float32, and so is the filter until it is transformed.
 #include "cpu/multiarch.h"
 
@@ -25,32 +25,13 @@ namespace {
 
 constexpr int kFew = 8;
 constexpr int kPlanePoints = 16;                         // 4 along each of the first two axes
-constexpr int64_t kLongest = 64;                         // voxels of a column
+constexpr int64_t kLongest = 64;                         // voxels of a column: the tiles of a part are of one
 constexpr int64_t kColumn = (kLongest + 2) * kFew + 32;  // from point to point, a little apart
 constexpr int64_t kTapsOfPoint = 3 * kFew * kFew;        // along the third axis, inputs, outputs
 constexpr int kAbreast = kSums / 4;                      // voxels whose sums at four points fit into registers
 constexpr __mmask16 kBoth = 0xffff;                      // voxels of two
 
 using Wide = float __attribute__((vector_size(8 * kLanes)));  // two voxels
-
-// Columns of 2 x 2 voxels, cut along the third axis: a part's `k` and `count` are voxels.
-struct Columns {
-  Tiles tiles;
-  int64_t parts, most;
-
-  explicit Columns(const at::Tensor& x) : tiles(x) {
-    parts = (tiles.d + kLongest - 1) / kLongest;
-    most = (tiles.d + parts - 1) / parts;
-  }
-
-  int64_t count() const { return tiles.batch * tiles.rows * tiles.columns * parts; }
-
-  Part operator[](int64_t i) const {
-    const int64_t k = i % parts * most, row = i / parts;
-    return {row / tiles.columns / tiles.rows, row / tiles.columns % tiles.rows, row % tiles.columns, k,
-            std::min(most, tiles.d - k)};
-  }
-};
 
 // Of two voxels, or of the first alone by `mask`, `place` elements from where the lines begin; `next` further on are
 // those that the next column will read.
@@ -75,10 +56,7 @@ SPSS_HOT_INLINE void plane_data_of_two(
 SPSS_HOT void plane_data_of(
     const BFloat16* x, const Tiles& tiles, const Part& part, const BFloat16* outside, BFloat16* out) {
   const BFloat16* lines[kPlanePoints];
-  for (int q = 0; q < kPlanePoints; ++q) {
-    const int64_t line = tiles.line(part.volume, 2 * part.i + q / 4 - 1, 2 * part.j + q % 4 - 1);
-    lines[q] = line < 0 ? outside : x + line * kFew;
-  }
+  lines_of<kFew, 4>(x, tiles, part, outside, lines);
   const int64_t first = part.k - 1, end = part.k + part.count + 1;
   for (int64_t k : {first, end - 1})
     if (k < 0 || k == tiles.d)
@@ -145,15 +123,14 @@ at::Tensor filtered_by_planes(const at::Tensor& x, const at::Tensor& taps, bool 
   const at::Tensor y = empty_maps(x, x.sizes());
   const auto filter = std::make_unique_for_overwrite<BFloat16[]>(kPlanePoints * kTapsOfPoint);
   plane_filter_of(taps.const_data_ptr<float>(), reversed, filter.get());
-  const Columns columns(x);
-  const Tiles& tiles = columns.tiles;
+  const Tiles tiles(x, 1, kLongest);
   const auto* from = static_cast<const BFloat16*>(x.const_data_ptr());
   auto* to = static_cast<BFloat16*>(y.mutable_data_ptr());
-  at::parallel_for(0, columns.count(), 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, tiles.count(), 16, [&](int64_t begin, int64_t end) {
     const auto data = std::make_unique_for_overwrite<BFloat16[]>(kPlanePoints * kColumn);
     const auto outside = std::make_unique<BFloat16[]>(tiles.d * kFew);
     for (int64_t i = begin; i < end; ++i) {
-      const Part part = columns[i];
+      const Part part = tiles[i];
       plane_data_of(from, tiles, part, outside.get(), data.get());
       BFloat16* lines[4];
       for (int q = 0; q < 4; ++q) {

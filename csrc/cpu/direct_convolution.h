@@ -6,21 +6,16 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <memory>
 
-#include "cpu/memory.h"
+#include "cpu/minimal_filtering.h"
 
 namespace spss {
 namespace {
 
 constexpr int64_t kGrain = 1 << 20;  // products that are worth a thread
-
-at::Tensor empty_maps(const at::Tensor& x, at::IntArrayRef sizes) {
-  return with_huge_pages(at::empty(sizes, x.options().memory_format(at::MemoryFormat::ChannelsLast3d)));
-}
 
 // How many voxels of a row are computed at once, if `most` fit into registers: such tiles cover a row, where the last
 // may overlap the one before.
@@ -83,7 +78,7 @@ void row_product(const Element* x, int64_t voxels, int64_t inputs, const Factor*
 }
 
 inline at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight) {
-  const at::Tensor x = x_.contiguous(at::MemoryFormat::ChannelsLast3d);
+  const at::Tensor x = in_order(x_);
   const int64_t h = x.size(2), w = x.size(3), d = x.size(4), inputs = x.size(1), columns = 2 * weight.size(1);
   const at::Tensor y = empty_maps(x, {x.size(0), weight.size(1), 2 * h, 2 * w, 2 * d});
   const auto matrices = four_matrices(weight);

@@ -81,10 +81,11 @@ struct Tiles {
   int64_t rows, columns, length;  // tiles
   int64_t parts, most;            // along the last axis; tiles of the longest
 
-  explicit Tiles(const at::Tensor& x)
+  // Of `depth` voxels along the last axis, in parts of at most `longest` tiles.
+  explicit Tiles(const at::Tensor& x, int64_t depth = 2, int64_t longest = kPart)
       : batch(x.size(0)), h(x.dim() == 5 ? x.size(2) : 1), w(x.size(-2)), d(x.size(-1)) {
-    rows = (h + 1) / 2, columns = (w + 1) / 2, length = (d + 1) / 2;
-    parts = (length + kPart - 1) / kPart;
+    rows = (h + 1) / 2, columns = (w + 1) / 2, length = (d + depth - 1) / depth;
+    parts = (length + longest - 1) / longest;
     most = (length + parts - 1) / parts;
   }
 
@@ -111,6 +112,13 @@ constexpr int kLeft = kAtOnce == 4 ? 2 : 4;  // what products leave of the point
 
 at::MemoryFormat channels_last(const at::Tensor& t) {
   return t.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
+}
+
+at::Tensor in_order(const at::Tensor& t) { return t.contiguous(channels_last(t)); }
+
+// Maps of x's dtype, channels last.
+at::Tensor empty_maps(const at::Tensor& x, at::IntArrayRef sizes) {
+  return with_huge_pages(at::empty(sizes, x.options().memory_format(channels_last(x))));
 }
 
 // Aligned to the lines of a cache.
@@ -149,6 +157,15 @@ int64_t each_part(const Tiles& tiles, int64_t begin, int64_t end, Body body) {
   return filled;
 }
 
+// Where the lines begin that a column of tiles reads, (4, 4) of them or, of slices, 4.
+template <int C, int P>
+void lines_of(const Element* x, const Tiles& tiles, const Part& part, const Element* outside, const Element** lines) {
+  for (int q = 0; q < 4 * P; ++q) {
+    const int64_t line = tiles.line(part.volume, P == 4 ? 2 * part.i + q / 4 - 1 : 0, 2 * part.j + q % 4 - 1);
+    lines[q] = line < 0 ? outside : x + line * C;
+  }
+}
+
 // Transforms along the first two axes voxel by voxel, of which two tiles share two, then along the third. To (points,
 // tiles, C), or to groups of G tiles, (points, tiles / G, C, G).
 template <int C, int P, int G>
@@ -156,10 +173,7 @@ SPSS_HOT void data_of(
     const Element* x, const Tiles& tiles, const Part& part, const Element* outside, float* scratch, Factor* out) {
   constexpr int L = 4 * P;
   const Element* lines[L];
-  for (int q = 0; q < L; ++q) {
-    const int64_t line = tiles.line(part.volume, P == 4 ? 2 * part.i + q / 4 - 1 : 0, 2 * part.j + q % 4 - 1);
-    lines[q] = line < 0 ? outside : x + line * C;
-  }
+  lines_of<C, P>(x, tiles, part, outside, lines);
   for (int64_t c = 0; c < C; c += kLanes) {
     for (int64_t p = 0; p < 2 * part.count + 2; ++p) {
       const int64_t k = 2 * part.k + p - 1, place = k * C + c;
@@ -395,7 +409,7 @@ Buffer<Factor> transformed(const at::Tensor& taps, bool reversed) {
 
 template <int C, int P>
 at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
-  const at::Tensor y = with_huge_pages(at::empty(x.sizes(), x.options().memory_format(channels_last(x))));
+  const at::Tensor y = empty_maps(x, x.sizes());
   const Tiles tiles(x);
   const int64_t count = tiles.count(), parts = parts_a_block<C, P>(tiles);
   const Element* from = static_cast<const Element*>(x.const_data_ptr());
@@ -451,8 +465,6 @@ at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x, const at
   });
   return at::empty_like(weight).copy_(taps.permute({2, 0, 1}).view(weight.sizes()));
 }
-
-at::Tensor in_order(const at::Tensor& t) { return t.contiguous(channels_last(t)); }
 
 // body(the number of channels, of which `Fewest` are the fewest, and P), both as constants.
 template <int Fewest, class Body>
