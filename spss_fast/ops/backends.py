@@ -95,9 +95,7 @@ def _say_slow(operator: str, tensor: torch.Tensor, instead: str) -> None:
     """Say, when it first matters, that compiled operators are missing, or not compiled for the machine."""
     if torch.compiler.is_compiling() or _preferred == "reference":
         return
-    # in a checkout's folder Python imports its files, whatever else is installed
-    place = "-e ." if Path(__file__).parents[2].joinpath("setup.py").is_file() else "."
-    build = f"`pip install --no-build-isolation {place}` beside an installed torch and"
+    build = f"`pip install --no-build-isolation {_place}` beside an installed torch and"
     if _missing:
         _say(f"spss_fast: the compiled extension {_missing}, so operators run on the slower reference backend where "
              f"there is no Triton; {build} a C++ compiler builds it")
@@ -223,4 +221,6 @@ _without_fma = (
     _missing is None and (sys.platform, platform.machine()) == ("linux", "x86_64")
     and ("convolution", "cpu") not in _compiled
 )
+# in a checkout's folder Python imports its files, whatever else is installed
+_place = "-e ." if Path(__file__).parents[2].joinpath("setup.py").is_file() else "."
 _prefer(os.environ.get(VARIABLE) or None, VARIABLE)
