@@ -226,6 +226,30 @@ inline void check_convolve_transposed(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x, not ", weight.sizes());
 }
 
+inline void check_convolve_upsampled(const Tensor& x, const Tensor& skip, const Tensor& weight) {
+  check_maps_and_weight(x, weight);
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 2 == 0 && x.size(2) > 0 && x.size(3) > 0,
+                    "x must be (B, I, H, W) with pixels and an even I, not ", x.sizes());
+  TORCH_CHECK_TYPE(skip.scalar_type() == x.scalar_type(), "skip must be of x's dtype");
+  TORCH_CHECK_VALUE(skip.device() == x.device(), "skip must be on x's device");
+  TORCH_CHECK_VALUE(skip.dim() == 4 && skip.size(0) == x.size(0) && skip.size(1) > 0 && skip.size(1) % 2 == 0 &&
+                        skip.size(2) == 2 * x.size(2) && skip.size(3) == 2 * x.size(3),
+                    "skip must be (B, S, 2 H, 2 W) of x's B, H and W with an even S, not ", skip.sizes());
+  TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) > 0 && weight.size(0) % 16 == 0,
+                    "weight must have outputs in multiples of 16, not be ", weight.sizes());
+  const std::array<int64_t, 4> shape{weight.size(0), x.size(1) + skip.size(1), 3, 3};
+  const at::IntArrayRef wanted = shape;
+  TORCH_CHECK_VALUE(weight.sizes() == wanted, "weight must be ", wanted, " for this x and skip, not ", weight.sizes());
+}
+
+inline void check_convolve_upsampled(
+    const Tensor& x, const Tensor& skip, const Tensor& weight, const Tensor& bias, double slope) {
+  check_convolve_upsampled(x, skip, weight);
+  TORCH_CHECK_TYPE(bias.scalar_type() == at::kFloat, "bias must be float32, not ", bias.scalar_type());
+  TORCH_CHECK_VALUE(bias.device() == x.device(), "bias must be on x's device");
+  check_bias_leaky_relu("weight", weight.transpose(0, 1), bias, slope);
+}
+
 inline void check_flow_head_weight(const Tensor& x, const Tensor& weight) {
   check_maps_and_weight(x, weight);
   TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) == 16, "x must be (B, 16, H, W), not ", x.sizes());

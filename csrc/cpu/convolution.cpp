@@ -1,9 +1,12 @@
-// convolve and convolve_transposed of float32 and bfloat16 maps, the former by what is here.
+// convolve, convolve_transposed and convolve_upsampled of float32 and bfloat16 maps, the former by what is here.
 #include "cpu/multiarch.h"
 
 #if SPSS_HAS_FMA  // without it oneDNN, which compiles for the machine, is faster
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
 
 #include "checks.h"
@@ -31,6 +34,7 @@ SPSS_INLINE void add_multiple(Vector& sum, const float* factor, const Row& row) 
 #define SPSS_HOT_INLINE SPSS_INLINE
 #include "cpu/minimal_filtering.h"
 #include "cpu/direct_convolution.h"
+#include "cpu/upsampled_convolution.h"
 
 namespace spss {
 namespace {
@@ -71,6 +75,34 @@ std::tuple<at::Tensor, at::Tensor> convolve_backward(
 at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve_transposed(x, weight);
   return is_float32(x) ? upsampled(x, weight) : convolve_transposed_bf16(x, weight);
+}
+
+at::Tensor convolve_upsampled(
+    const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope) {
+  check_convolve_upsampled(x, skip, weight, bias, slope);
+  return (is_float32(x) ? convolved_upsampled : convolve_upsampled_bf16)(x, skip, weight, bias, slope);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> convolve_upsampled_backward(
+    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight,
+    double slope, bool skip_grad) {
+  check_convolve_upsampled(x, skip, weight);
+  const int64_t outputs = weight.size(0), inputs = x.size(1);
+  const auto [z_grad, dbias] = bias_leaky_relu_backward(grad, y, at::empty({outputs}, weight.options()), slope);
+  // an axis's three taps from the last to the first, and the first to the last: where both fall, they add up
+  const at::Tensor flipped = weight.narrow(1, 0, inputs).flip({2, 3}).transpose(0, 1);
+  const auto pad = [&](int64_t h, int64_t w) { return at::constant_pad_nd(flipped, {w, 1 - w, h, 1 - h}); };
+  const at::Tensor taps = pad(0, 0) + pad(0, 1) + pad(1, 0) + pad(1, 1);  // (I, O, 4, 4)
+  const auto [dx, dtaps, none] = at::convolution_backward(
+      z_grad, x, taps.to(x.scalar_type()), std::nullopt, {2, 2}, {1, 1}, {1, 1}, true, {0, 0}, 1, {true, true, false});
+  const auto [dskip, dfine, no] = at::convolution_backward(
+      z_grad, skip, weight.narrow(1, inputs, skip.size(1)).to(x.scalar_type()), std::nullopt, {1, 1}, {1, 1}, {1, 1},
+      false, {0, 0}, 1, {skip_grad, true, false});
+  const at::Tensor wide = dtaps.to(at::kFloat);
+  const auto cut = [&](int64_t h, int64_t w) { return wide.narrow(2, h, 3).narrow(3, w, 3); };
+  const at::Tensor dcoarse = (cut(0, 0) + cut(0, 1) + cut(1, 0) + cut(1, 1)).flip({2, 3}).transpose(0, 1);
+  return {in_order(dx), skip_grad ? in_order(dskip) : at::empty({0}, skip.options()),
+          at::empty_like(weight).copy_(at::cat({dcoarse, dfine.to(at::kFloat)}, 1)), dbias};
 }
 
 }  // namespace spss

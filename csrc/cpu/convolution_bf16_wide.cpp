@@ -1,4 +1,5 @@
-// convolve of bfloat16 maps with sixteen channels or more, and convolve_transposed, by registers of sixteen lanes.
+// convolve of bfloat16 maps with sixteen channels or more, convolve_transposed and convolve_upsampled, by registers of
+// sixteen lanes.
 #include "cpu/multiarch.h"
 
 #if SPSS_HAS_FMA
@@ -11,6 +12,7 @@
 #include "cpu/vectors_bf16.h"
 #include "cpu/minimal_filtering.h"
 #include "cpu/direct_convolution.h"
+#include "cpu/upsampled_convolution.h"
 
 namespace spss {
 
@@ -22,6 +24,11 @@ std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
 }
 
 at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight) { return upsampled(x, weight); }
+
+at::Tensor convolve_upsampled_bf16(
+    const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope) {
+  return convolved_upsampled(x, skip, weight, bias, slope);
+}
 
 }  // namespace spss
 

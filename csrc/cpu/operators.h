@@ -63,6 +63,11 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> convolve_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
 at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight);
+at::Tensor convolve_upsampled(
+    const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> convolve_upsampled_backward(
+    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight,
+    double slope, bool skip_grad);
 // The same of checked arguments, x bfloat16, on a CPU with AVX512-BF16.
 at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
@@ -71,6 +76,8 @@ at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight);  /
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
 at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight);
+at::Tensor convolve_upsampled_bf16(
+    const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope);
 
 at::Tensor flow_head(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> flow_head_backward(

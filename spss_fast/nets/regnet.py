@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from spss_fast.ops.activation import bias_leaky_relu
 from spss_fast.ops.convolution import convolve, is_faster_on_slices
 from spss_fast.ops.flow_head import flow_head, is_faster
+from spss_fast.ops.upsampling import convolve_upsampled
+from spss_fast.ops.upsampling import is_faster as is_faster_upsampled
 
 # a GPU's matrix units take channels by so many; of fewer cuDNN 9.19 pads some bf16 maps, and turns others to float32
 GPU_CHANNELS = 8
@@ -68,8 +70,11 @@ def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor
     """
     if skip.shape[2:] != torch.Size(2 * side for side in x.shape[2:]):  # the sides are no multiples of 16
         return _layer(block, torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))
-    # split, of all that cuts, is put together again in one piece by its gradient
     weight = block[0].weight
+    if is_faster_upsampled(x, skip, weight):
+        bias, slope = block[0].bias, block[1].negative_slope
+        return convolve_upsampled(x, skip.to(x.dtype), weight.float(), bias.float(), slope)
+    # split, of all that cuts, is put together again in one piece by its gradient
     coarse, fine = weight.split([x.shape[1], weight.shape[1] - x.shape[1]], 1)
     with torch.autocast(x.device.type, enabled=False):  # sums in the weights' precision, as its caller holds them
         kernel = (coarse.flatten(2) @ summed).unflatten(2, (4, 4)).transpose(0, 1)

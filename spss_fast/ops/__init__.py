@@ -14,10 +14,11 @@ from spss_fast.ops.losses import masked_ce_dice, weighted_ce_dice
 from spss_fast.ops.norm import batch_norm_relu
 from spss_fast.ops.propagate import propagate
 from spss_fast.ops.uncertainty import accumulate_softmax, uncertainty_mask
+from spss_fast.ops.upsampling import convolve_upsampled
 from spss_fast.ops.warp import SpatialTransformer, integrate, warp
 
 __all__ = [
     "SpatialTransformer", "accumulate_softmax", "backend", "batch_norm_relu", "bias_leaky_relu", "contrastive_loss",
-    "convolve", "convolve_transposed", "fill_holes", "flow_head", "integrate", "masked_ce_dice", "propagate",
-    "select_prototypes", "uncertainty_mask", "warp", "weighted_ce_dice",
+    "convolve", "convolve_transposed", "convolve_upsampled", "fill_holes", "flow_head", "integrate", "masked_ce_dice",
+    "propagate", "select_prototypes", "uncertainty_mask", "warp", "weighted_ce_dice",
 ]

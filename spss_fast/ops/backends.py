@@ -51,7 +51,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "norm": ("batch_norm_relu", "batch_norm_relu_backward"),
     "activation": ("bias_leaky_relu", "bias_leaky_relu_backward"),
-    "convolution": ("convolve", "convolve_backward", "convolve_transposed", "flow_head", "flow_head_backward"),
+    "convolution": (
+        "convolve", "convolve_backward", "convolve_transposed", "convolve_upsampled", "convolve_upsampled_backward",
+        "flow_head", "flow_head_backward",
+    ),
 }
 
 _preferred: str | None = None

@@ -61,13 +61,14 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     if outputs == 0 or outputs % 8:
         raise ValueError(f"weight must be (O, 1, 3, 3, 3) with O a multiple of 8, not of shape {tuple(weight.shape)}")
     checks.has_shape("weight", weight, (outputs, x.shape[1], *[3] * (x.ndim - 2)), "x", x)
-    if _use_reference(x):
+    if use_reference(x):
         with torch.autocast(x.device.type, enabled=False):
             return reference(x, weight)
     return torch.ops.spss_fast.convolve(x, weight)
 
 
-def _use_reference(x: Tensor) -> bool:
+def use_reference(x: Tensor) -> bool:
+    """Whether a convolution of ``x`` goes by its reference now: by choice, or for want of AVX512-BF16."""
     return backends.use_reference("convolution", x) or (x.dtype == torch.bfloat16 and not MULTIPLIES_BF16)
 
 
@@ -100,7 +101,7 @@ def convolve_transposed(x: Tensor, weight: Tensor) -> Tensor:
     if outputs == 0 or outputs % 8:
         raise ValueError(f"weight must be (I, O, 2, 2, 2) with O a multiple of 8, not of shape {tuple(weight.shape)}")
     checks.has_shape("weight", weight, (x.shape[1], outputs, 2, 2, 2), "x", x)
-    if _use_reference(x):
+    if use_reference(x):
         with torch.autocast(x.device.type, enabled=False):
             return reference_transposed(x, weight)
     return torch.ops.spss_fast.convolve_transposed(x, weight)
