@@ -30,6 +30,7 @@ TORCH_LIBRARY_IMPL(spss_fast, CPU, library) {
   library.impl("convolve", &spss::convolve);
   library.impl("convolve_backward", &spss::convolve_backward);
   library.impl("convolve_transposed", &spss::convolve_transposed);
+  library.impl("convolve_moments", &spss::convolve_moments);
   library.impl("convolve_upsampled", &spss::convolve_upsampled);
   library.impl("convolve_upsampled_backward", &spss::convolve_upsampled_backward);
   library.impl("flow_head", &spss::flow_head);

@@ -50,7 +50,7 @@ bool is_float32(const at::Tensor& x) {
 
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve(x, weight);
-  if (!is_float32(x)) return convolve_bf16(x, weight);
+  if (!is_float32(x)) return convolve_bf16(x, weight, nullptr);
   return x.size(1) == 1 ? convolved_channel(x, weight) : convolved<8>(x, weight);
 }
 
@@ -74,7 +74,18 @@ std::tuple<at::Tensor, at::Tensor> convolve_backward(
 
 at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight) {
   check_convolve_transposed(x, weight);
-  return is_float32(x) ? upsampled(x, weight) : convolve_transposed_bf16(x, weight);
+  return is_float32(x) ? upsampled(x, weight) : convolve_transposed_bf16(x, weight, nullptr);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_moments(
+    const at::Tensor& x, const at::Tensor& weight, bool transposed) {
+  (transposed ? check_convolve_transposed : check_convolve)(x, weight);
+  TORCH_CHECK_TYPE(!is_float32(x), "x must be bfloat16 for the moments of a convolution");
+  const int64_t outputs = weight.size(transposed ? 1 : 0);
+  ChannelSums sums(outputs);
+  const at::Tensor y = (transposed ? convolve_transposed_bf16 : convolve_bf16)(x, weight, &sums);
+  const auto [mean, variance] = sums.moments(std::max<int64_t>(1, y.numel() / outputs));
+  return {y, mean, variance};
 }
 
 at::Tensor convolve_upsampled(

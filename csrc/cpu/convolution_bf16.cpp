@@ -69,9 +69,11 @@ SPSS_HOT void plane_data_of(
   }
 }
 
-// V voxels of a column, from `voxel` on; a line is null outside.
-template <int V>
-SPSS_HOT void plane_outputs(const BFloat16* data, const BFloat16* filter, BFloat16* const* lines, int64_t voxel) {
+// V voxels of a column, from `voxel` on; a line is null outside. The moments as in store_tile, which a template spares
+// the others.
+template <int V, bool WithMoments>
+SPSS_HOT void plane_outputs(const BFloat16* data, const BFloat16* filter, BFloat16* const* lines, int64_t voxel,
+                            int64_t fresh, float* moments) {
   Vector out[2][2][V];  // along the first axis, the second and the third
   SPSS_UNROLL for (int i = 0; i < 4; ++i, data += 4 * kColumn, filter += 4 * kTapsOfPoint) {
     Vector sums[4][V] = {};
@@ -93,22 +95,24 @@ SPSS_HOT void plane_outputs(const BFloat16* data, const BFloat16* filter, BFloat
   }
   SPSS_UNROLL for (int q = 0; q < 4; ++q) {
     if (lines[q] == nullptr) continue;
-    SPSS_UNROLL for (int v = 0; v < V; ++v) store(lines[q] + (voxel + v) * kFew, out[q / 2][q % 2][v]);
+    Moments of_tile;
+    SPSS_UNROLL for (int v = 0; v < V; ++v) {
+      store(lines[q] + (voxel + v) * kFew, out[q / 2][q % 2][v]);
+      if (WithMoments && v >= fresh) of_tile.add(out[q / 2][q % 2][v]);
+    }
+    if constexpr (WithMoments) of_tile.add_to(moments, kFew);
   }
 }
 
-// (inputs, 27, outputs) to (points, 3, inputs / kGroup, outputs, kGroup); `reversed` as in filter_of.
-SPSS_HOT void plane_filter_of(const float* taps, bool reversed, BFloat16* out) {
+// To (points, 3, inputs / kGroup, outputs, kGroup).
+SPSS_HOT void plane_filter_of(const Taps& taps, BFloat16* out) {
   for (int64_t c = 0; c < kFew; c += kGroup)
     for (int k = 0; k < 3; ++k) {
       Vector points[kPlanePoints][kGroup];
       for (int g = 0; g < kGroup; ++g) {
         Vector v[kPlanePoints];
         SPSS_UNROLL for (int i = 0; i < 3; ++i) {
-          SPSS_UNROLL for (int j = 0; j < 3; ++j) {
-            const int tap = 9 * i + 3 * j + k;
-            v[4 * i + j] = load(taps + (27 * (c + g) + (reversed ? 26 - tap : tap)) * kFew);
-          }
+          SPSS_UNROLL for (int j = 0; j < 3; ++j) v[4 * i + j] = taps.load(c + g, 9 * i + 3 * j + k, 0);
           transform_filter(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
         }
         SPSS_UNROLL for (int j = 0; j < 4; ++j) transform_filter(v[j], v[4 + j], v[8 + j], v[12 + j]);
@@ -118,17 +122,18 @@ SPSS_HOT void plane_filter_of(const float* taps, bool reversed, BFloat16* out) {
     }
 }
 
-// By (8, 27, 8) taps: inputs, taps, outputs.
-at::Tensor filtered_by_planes(const at::Tensor& x, const at::Tensor& taps, bool reversed) {
+template <bool WithMoments>
+at::Tensor filtered_by_planes(const at::Tensor& x, const Taps& taps, ChannelSums* sums = nullptr) {
   const at::Tensor y = empty_maps(x, x.sizes());
   const auto filter = std::make_unique_for_overwrite<BFloat16[]>(kPlanePoints * kTapsOfPoint);
-  plane_filter_of(taps.const_data_ptr<float>(), reversed, filter.get());
+  plane_filter_of(taps, filter.get());
   const Tiles tiles(x, 1, kLongest);
   const auto* from = static_cast<const BFloat16*>(x.const_data_ptr());
   auto* to = static_cast<BFloat16*>(y.mutable_data_ptr());
   at::parallel_for(0, tiles.count(), 16, [&](int64_t begin, int64_t end) {
     const auto data = std::make_unique_for_overwrite<BFloat16[]>(kPlanePoints * kColumn);
     const auto outside = std::make_unique<BFloat16[]>(tiles.d * kFew);
+    SumsOfThread moments(sums);
     for (int64_t i = begin; i < end; ++i) {
       const Part part = tiles[i];
       plane_data_of(from, tiles, part, outside.get(), data.get());
@@ -138,8 +143,13 @@ at::Tensor filtered_by_planes(const at::Tensor& x, const at::Tensor& taps, bool 
         lines[q] = line < 0 ? nullptr : to + (line + part.k) * kFew;
       }
       const int64_t size = tile_size(part.count, kAbreast);
-      const auto outputs = size == 1 ? plane_outputs<1> : size == 3 ? plane_outputs<3> : plane_outputs<kAbreast>;
-      each_tile(part.count, size, [&](int64_t v) { outputs(data.get() + v * kFew, filter.get(), lines, v); });
+      const auto outputs = size == 1   ? plane_outputs<1, WithMoments>
+                           : size == 3 ? plane_outputs<3, WithMoments>
+                                       : plane_outputs<kAbreast, WithMoments>;
+      each_tile(part.count, size, [&](int64_t v, int64_t fresh) {
+        outputs(data.get() + v * kFew, filter.get(), lines, v, fresh, moments.first());
+      });
+      moments.fold();
     }
   });
   return y;
@@ -147,17 +157,18 @@ at::Tensor filtered_by_planes(const at::Tensor& x, const at::Tensor& taps, bool 
 
 }  // namespace
 
-at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight) {
-  if (x.size(1) == 1) return convolved_channel(x, weight);
-  return x.size(1) == kFew ? filtered_by_planes(in_order(x), taps_of(weight, false), false)
-                           : convolve_bf16_wide(x, weight);
+at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums) {
+  if (x.size(1) == 1) return convolved_channel(x, weight, sums);
+  if (x.size(1) != kFew) return convolve_bf16_wide(x, weight, sums);
+  return sums != nullptr ? filtered_by_planes<true>(in_order(x), Taps(weight), sums)
+                         : filtered_by_planes<false>(in_order(x), Taps(weight));
 }
 
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   if (x.size(1) != kFew) return convolve_bf16_wide_backward(grad, x, weight, x_grad, weight_grad);
   const at::Tensor upstream = in_order(grad);
-  return {x_grad ? filtered_by_planes(upstream, taps_of(weight, true), true) : at::empty({0}, x.options()),
+  return {x_grad ? filtered_by_planes<false>(upstream, Taps(weight, true)) : at::empty({0}, x.options()),
           weight_grad ? filter_gradient<kFew, 4>(upstream, in_order(x), weight) : at::empty({0}, weight.options())};
 }
 

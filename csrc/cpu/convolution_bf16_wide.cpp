@@ -16,14 +16,18 @@
 
 namespace spss {
 
-at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight) { return convolved<16>(x, weight); }
+at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums) {
+  return convolved<16>(x, weight, sums);
+}
 
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
   return convolved_backward<16>(grad, x, weight, x_grad, weight_grad);
 }
 
-at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight) { return upsampled(x, weight); }
+at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums) {
+  return upsampled(x, weight, sums);
+}
 
 at::Tensor convolve_upsampled_bf16(
     const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope) {

@@ -21,9 +21,29 @@ constexpr int64_t kGrain = 1 << 20;  // products that are worth a thread
 // may overlap the one before.
 int64_t tile_size(int64_t voxels, int64_t most) { return voxels >= most ? most : voxels >= 3 ? 3 : 1; }
 
+// body(the first voxel of a tile, how many of its voxels the one before had as well).
 template <class Body>
 void each_tile(int64_t voxels, int64_t size, Body body) {
-  for (int64_t v = 0; v < voxels; v += size) body(std::min(v, voxels - size));
+  for (int64_t v = 0; v < voxels; v += size) {
+    const int64_t first = std::min(v, voxels - size);
+    body(first, v - first);
+  }
+}
+
+// The results of a tile to y, whose voxels are `outputs` apart, and those of voxels from `fresh` on to the moments,
+// unless null, `width` being those of all channels.
+template <int V, int L>
+SPSS_HOT_INLINE void store_tile(
+    const Vector (&sums)[V][L], int64_t outputs, Element* y, int64_t fresh, float* moments, int64_t width) {
+  SPSS_UNROLL for (int v = 0; v < V; ++v)
+    SPSS_UNROLL for (int l = 0; l < L; ++l) store(y + v * outputs + l * kLanes, sums[v][l]);
+  if (moments == nullptr) return;
+  SPSS_UNROLL for (int l = 0; l < L; ++l) {
+    Moments of_tile;
+    SPSS_UNROLL for (int v = 0; v < V; ++v)
+      if (v >= fresh) of_tile.add(sums[v][l]);
+    of_tile.add_to(moments + l * kLanes, width);
+  }
 }
 
 // Eight values of each of a group, `value(group, lane)`, as Factors.
@@ -53,9 +73,10 @@ SPSS_HOT std::unique_ptr<Factor[]> four_matrices(const at::Tensor& weight) {
   return matrices;
 }
 
-// V voxels times L vectors of a matrix's columns.
+// V voxels times L vectors of a matrix's columns; the moments as in store_tile.
 template <int V, int L>
-SPSS_HOT void product(const Element* x, int64_t inputs, const Factor* matrix, int64_t columns, Element* y) {
+SPSS_HOT void product(const Element* x, int64_t inputs, const Factor* matrix, int64_t columns, Element* y,
+                      int64_t fresh, float* moments) {
   Vector sums[V][L] = {};
   for (int64_t i = 0; i < inputs; i += kGroup, matrix += columns * kGroup) {
     Row rows[L];
@@ -63,21 +84,22 @@ SPSS_HOT void product(const Element* x, int64_t inputs, const Factor* matrix, in
     SPSS_UNROLL for (int v = 0; v < V; ++v)
       SPSS_UNROLL for (int l = 0; l < L; ++l) add_multiple(sums[v][l], x + v * inputs + i, rows[l]);
   }
-  SPSS_UNROLL for (int v = 0; v < V; ++v)
-    SPSS_UNROLL for (int l = 0; l < L; ++l) store(y + v * columns + l * kLanes, sums[v][l]);
+  store_tile(sums, columns, y, fresh, moments, columns);
 }
 
 template <int L>
-void row_product(const Element* x, int64_t voxels, int64_t inputs, const Factor* matrix, int64_t columns, Element* y) {
+void row_product(const Element* x, int64_t voxels, int64_t inputs, const Factor* matrix, int64_t columns, Element* y,
+                 float* moments) {
   const int64_t size = tile_size(voxels, kSums / L);
   const auto tile = size == 1 ? product<1, L> : size == 3 ? product<3, L> : product<kSums / L, L>;
   for (int64_t column = 0; column < columns; column += L * kLanes, matrix += L * kLanes * kGroup)
-    each_tile(voxels, size, [&](int64_t v) {
-      tile(x + v * inputs, inputs, matrix, columns, y + v * columns + column);
+    each_tile(voxels, size, [&](int64_t v, int64_t fresh) {
+      tile(x + v * inputs, inputs, matrix, columns, y + v * columns + column, fresh,
+           moments == nullptr ? nullptr : moments + column);
     });
 }
 
-inline at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight) {
+inline at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight, ChannelSums* sums = nullptr) {
   const at::Tensor x = in_order(x_);
   const int64_t h = x.size(2), w = x.size(3), d = x.size(4), inputs = x.size(1), columns = 2 * weight.size(1);
   const at::Tensor y = empty_maps(x, {x.size(0), weight.size(1), 2 * h, 2 * w, 2 * d});
@@ -89,12 +111,15 @@ inline at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight) {
                                                       : row_product<1>;
   const int64_t grain = std::max<int64_t>(1, kGrain / (4 * d * inputs * columns));
   at::parallel_for(0, x.size(0) * h * w, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
+    SumsOfThread moments(sums, 2);
+    for (int64_t row = begin; row < end; ++row) {
       for (int64_t i = 0; i < 4; ++i) {
         const int64_t target = (2 * (row / w) + i / 2) * 2 * w + 2 * (row % w) + i % 2;
         multiply(from + row * d * inputs, d, inputs, matrices.get() + i * inputs * columns, columns,
-                 to + target * d * columns);
+                 to + target * d * columns, moments.first());
       }
+      moments.fold();
+    }
   });
   return y;
 }
@@ -126,8 +151,8 @@ SPSS_HOT std::unique_ptr<Factor[]> nine_rows(const at::Tensor& weight) {
 
 // V voxels by L vectors of outputs; `x` at the first tap of the first voxel, its rows and planes so many values apart.
 template <int V, int L>
-SPSS_HOT void taps_product(
-    const Element* x, int64_t row, int64_t plane, const Factor* filter, int64_t outputs, Element* y) {
+SPSS_HOT void taps_product(const Element* x, int64_t row, int64_t plane, const Factor* filter, int64_t outputs,
+                           Element* y, int64_t fresh, float* moments) {
   Vector sums[V][L] = {};
   for (int i = 0; i < 9; ++i)
     for (int64_t k = 0; k < kGroups; ++k, filter += outputs * kGroup) {
@@ -137,20 +162,21 @@ SPSS_HOT void taps_product(
       SPSS_UNROLL for (int v = 0; v < V; ++v)
         SPSS_UNROLL for (int l = 0; l < L; ++l) add_multiple(sums[v][l], first + v, rows[l]);
     }
-  SPSS_UNROLL for (int v = 0; v < V; ++v)
-    SPSS_UNROLL for (int l = 0; l < L; ++l) store(y + v * outputs + l * kLanes, sums[v][l]);
+  store_tile(sums, outputs, y, fresh, moments, outputs);
 }
 
 template <int L>
 void convolved_row(const Element* x, int64_t voxels, int64_t row, int64_t plane, const Factor* filter, int64_t outputs,
-                   Element* y) {
+                   Element* y, float* moments) {
   const int64_t size = tile_size(voxels, kSumsOfTaps / L);
   const auto tile = size == 1 ? taps_product<1, L> : size == 3 ? taps_product<3, L> : taps_product<kSumsOfTaps / L, L>;
   for (int64_t o = 0; o < outputs; o += L * kLanes, filter += L * kLanes * kGroup)
-    each_tile(voxels, size, [&](int64_t v) { tile(x + v, row, plane, filter, outputs, y + v * outputs + o); });
+    each_tile(voxels, size, [&](int64_t v, int64_t fresh) {
+      tile(x + v, row, plane, filter, outputs, y + v * outputs + o, fresh, moments == nullptr ? nullptr : moments + o);
+    });
 }
 
-inline at::Tensor convolved_channel(const at::Tensor& x, const at::Tensor& weight) {
+inline at::Tensor convolved_channel(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums = nullptr) {
   const int64_t h = x.size(2), w = x.size(3), d = x.size(4), outputs = weight.size(0);
   const at::Tensor padded = at::constant_pad_nd(x, {1, kGroup, 1, 1, 1, 1}).contiguous();
   const int64_t row = padded.size(4), plane = padded.size(3) * row;
@@ -161,9 +187,11 @@ inline at::Tensor convolved_channel(const at::Tensor& x, const at::Tensor& weigh
   const auto convolve = outputs % (2 * kLanes) == 0 ? convolved_row<2> : convolved_row<1>;
   at::parallel_for(0, x.size(0) * h * w, std::max<int64_t>(1, kGrain / (27 * d * outputs)),
                    [&](int64_t begin, int64_t end) {
+    SumsOfThread moments(sums);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = (i / w / h * padded.size(2) + i / w % h) * plane + i % w * row;
-      convolve(from + first, d, row, plane, filter.get(), outputs, to + i * d * outputs);
+      convolve(from + first, d, row, plane, filter.get(), outputs, to + i * d * outputs, moments.first());
+      moments.fold();
     }
   });
   return y;

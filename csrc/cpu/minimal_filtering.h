@@ -28,6 +28,7 @@
 #include <new>
 #include <type_traits>
 
+#include "cpu/channel_sums.h"
 #include "cpu/memory.h"
 
 // Products need not be rounded before they are added.
@@ -210,8 +211,20 @@ SPSS_HOT void data_of(
   }
 }
 
+// Vectors of outputs and their squares, summed up to be added to (2, `width`) sums of channels.
+struct Moments {
+  Vector first = {}, second = {};
+
+  SPSS_INLINE void add(const Vector& v) { first += v, second += v * v; }
+
+  SPSS_INLINE void add_to(float* moments, int64_t width) const {
+    store(moments, load(moments) + first), store(moments + width, load(moments + width) + second);
+  }
+};
+
+// `moments`, unless null, are those of (2, C) channels so far.
 template <int C, int P>
-SPSS_HOT void outputs_of(const float* sums, const Tiles& tiles, const Part& part, Element* y) {
+SPSS_HOT void outputs_of(const float* sums, const Tiles& tiles, const Part& part, Element* y, float* moments) {
   for (int64_t t = 0; t < part.count; ++t) {
     for (int64_t c = 0; c < C; c += kLanes) {
       const float* from = sums + t * C + c;
@@ -228,14 +241,18 @@ SPSS_HOT void outputs_of(const float* sums, const Tiles& tiles, const Part& part
           planes[i][k] = v[0][k], planes[i][2 + k] = v[1][k];
         }
       }
+      Moments of_tile;
       SPSS_UNROLL for (int q = 0; q < 4; ++q) {
         if constexpr (P == 4) transform_outputs(planes[0][q], planes[1][q], planes[2][q], planes[3][q]);
         const int64_t k = 2 * (part.k + t) + q % 2;
         SPSS_UNROLL for (int i = 0; i < kOut<P>; ++i) {
           const int64_t line = tiles.line(part.volume, 2 * part.i + i, 2 * part.j + q / 2);
-          if (line >= 0 && k < tiles.d) store(y + (line + k) * C + c, planes[i][q]);
+          if (line < 0 || k >= tiles.d) continue;
+          store(y + (line + k) * C + c, planes[i][q]);
+          if (moments != nullptr) of_tile.add(planes[i][q]);
         }
       }
+      if (moments != nullptr) of_tile.add_to(moments + c, C);
     }
   }
 }
@@ -280,20 +297,45 @@ SPSS_HOT void outputs_adjoint(
   }
 }
 
-// (C, kTaps, C) to groups of rows, (points, C / kGroup, C, kGroup), a group of the first axis; `reversed` takes the taps
-// from the last to the first.
+// A float32 weight (O, I, *taps) where it lies, (inputs, taps, outputs); `reversed`, as the gradient of the input has it,
+// with the outputs for inputs and the taps from the last to the first.
+struct Taps {
+  at::Tensor flat;
+  float* first;
+  int64_t input, tap, output;  // how far apart they are
+
+  explicit Taps(const at::Tensor& weight, bool reversed = false)
+      : flat(weight.flatten(2)), first(static_cast<float*>(flat.data_ptr())), input(flat.stride(reversed ? 0 : 1)),
+        tap(flat.stride(2)), output(flat.stride(reversed ? 1 : 0)) {
+    if (reversed) first += (flat.size(2) - 1) * tap, tap = -tap;
+  }
+
+  // Of kLanes outputs from this one on.
+  SPSS_INLINE Vector load(int64_t i, int64_t k, int64_t o) const {
+    const float* from = first + i * input + k * tap + o * output;
+    if (output == 1) return spss::load(from);
+    Vector v;
+    SPSS_UNROLL for (int lane = 0; lane < kLanes; ++lane) v[lane] = from[lane * output];
+    return v;
+  }
+
+  SPSS_INLINE void store(int64_t i, int64_t k, int64_t o, const Vector& v) const {
+    float* to = first + i * input + k * tap + o * output;
+    if (output == 1) return spss::store(to, v);
+    SPSS_UNROLL for (int lane = 0; lane < kLanes; ++lane) to[lane * output] = v[lane];
+  }
+};
+
+// Of the inputs from `input` on, to (points, kGroup inputs of C, C, kGroup).
 template <int C, int P>
-SPSS_HOT void filter_of(const float* taps, bool reversed, Factor* out) {
+SPSS_HOT void filter_of(const Taps& taps, int64_t input, Factor* out) {
   for (int64_t c = 0; c < C; c += kLanes) {
     Vector points[kPoints<P>][kGroup];
     for (int g = 0; g < kGroup; ++g) {
       Vector v[kPoints<P>];
       SPSS_UNROLL for (int i = 0; i < kTap<P>; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
         Vector* line = v + 16 * i + 4 * j;
-        SPSS_UNROLL for (int k = 0; k < 3; ++k) {
-          const int tap = 9 * i + 3 * j + k;
-          line[k] = load(taps + (kTaps<P> * g + (reversed ? kTaps<P> - 1 - tap : tap)) * C + c);
-        }
+        SPSS_UNROLL for (int k = 0; k < 3; ++k) line[k] = taps.load(input + g, 9 * i + 3 * j + k, c);
         transform_filter(line[0], line[1], line[2], line[3]);
       }
       SPSS_UNROLL for (int i = 0; i < kTap<P>; ++i) SPSS_UNROLL for (int k = 0; k < 4; ++k) {
@@ -309,7 +351,7 @@ SPSS_HOT void filter_of(const float* taps, bool reversed, Factor* out) {
 }
 
 template <int C, int P>
-SPSS_HOT void filter_adjoint(const float* points, float* taps) {
+SPSS_HOT void filter_adjoint(const float* points, const Taps& taps, int64_t input) {
   for (int64_t c = 0; c < C; c += kLanes) {
     Vector v[kPoints<P>];
     for (int q = 0; q < kPoints<P>; ++q) v[q] = load(points + q * kMatrix<C> + c);
@@ -322,7 +364,7 @@ SPSS_HOT void filter_adjoint(const float* points, float* taps) {
     SPSS_UNROLL for (int i = 0; i < kTap<P>; ++i) SPSS_UNROLL for (int j = 0; j < 3; ++j) {
       Vector* line = v + 16 * i + 4 * j;
       transform_filter_adjoint(line[0], line[1], line[2], line[3]);
-      SPSS_UNROLL for (int k = 0; k < 3; ++k) store(taps + (9 * i + 3 * j + k) * C + c, line[k]);
+      SPSS_UNROLL for (int k = 0; k < 3; ++k) taps.store(input, 9 * i + 3 * j + k, c, line[k]);
     }
   }
 }
@@ -395,20 +437,18 @@ int64_t parts_a_block(const Tiles& tiles) {
   return std::max<int64_t>(1, std::min(fit, (tiles.count() + threads - 1) / threads));
 }
 
-// (points, C / kGroup, C, kGroup) of taps (C, kTaps, C).
+// (points, C / kGroup, C, kGroup).
 template <int C, int P>
-Buffer<Factor> transformed(const at::Tensor& taps, bool reversed) {
+Buffer<Factor> transformed(const Taps& taps) {
   Buffer<Factor> out = buffer<Factor>(kPoints<P> * kMatrix<C>);
-  const float* from = taps.const_data_ptr<float>();
   at::parallel_for(0, C / kGroup, 8 / kGroup, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin * kGroup; c < end * kGroup; c += kGroup)
-      filter_of<C, P>(from + c * kTaps<P> * C, reversed, out.get() + c * C);
+    for (int64_t c = begin * kGroup; c < end * kGroup; c += kGroup) filter_of<C, P>(taps, c, out.get() + c * C);
   });
   return out;
 }
 
 template <int C, int P>
-at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
+at::Tensor filtered(const at::Tensor& x, const Factor* filter, ChannelSums* channel_sums = nullptr) {
   const at::Tensor y = empty_maps(x, x.sizes());
   const Tiles tiles(x);
   const int64_t count = tiles.count(), parts = parts_a_block<C, P>(tiles);
@@ -417,6 +457,7 @@ at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
   at::parallel_for(0, (count + parts - 1) / parts, 1, [&](int64_t first, int64_t last) {
     Block<C, P> block(tiles);
     const auto sums = buffer<float>(kPoints<P> / 4 * kLeft * kStride<C, P>);
+    SumsOfThread moments(channel_sums);
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * parts, end = std::min(begin + parts, count);
       const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
@@ -424,8 +465,9 @@ at::Tensor filtered(const at::Tensor& x, const Factor* filter) {
       });
       products<C, P>(block.data.get(), filter, sums.get(), filled);
       each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
-        outputs_of<C, P>(sums.get() + place, tiles, part, to);
+        outputs_of<C, P>(sums.get() + place, tiles, part, to, moments.first());
       });
+      moments.fold();
     }
   });
   return y;
@@ -457,13 +499,13 @@ at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x, const at
       }
     }
   });
-  const at::Tensor total = sums.sum(0), taps = at::empty({C, kTaps<P>, C}, total.options());  // inputs, taps, outputs
+  const at::Tensor total = sums.sum(0), dweight = at::empty_like(weight, weight.suggest_memory_format());
   const float* from = total.const_data_ptr<float>();
-  float* to = taps.data_ptr<float>();
+  const Taps taps(dweight);
   at::parallel_for(0, C, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) filter_adjoint<C, P>(from + c * C, to + c * kTaps<P> * C);
+    for (int64_t c = begin; c < end; ++c) filter_adjoint<C, P>(from + c * C, taps, c);
   });
-  return at::empty_like(weight).copy_(taps.permute({2, 0, 1}).view(weight.sizes()));
+  return dweight;
 }
 
 // body(the number of channels, of which `Fewest` are the fewest, and P), both as constants.
@@ -482,16 +524,11 @@ auto with_constants(const at::Tensor& x, Body body) {
   return with_channels(std::integral_constant<int, 1>());
 }
 
-// As inputs, taps and outputs; `reversed`, for the gradient of the input, as outputs, taps and inputs.
-at::Tensor taps_of(const at::Tensor& weight, bool reversed) {
-  return weight.flatten(2).permute({reversed ? 0 : 1, 2, reversed ? 1 : 0}).contiguous();
-}
-
 // x of Elements, the weight float32.
 template <int Fewest>
-at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight) {
+at::Tensor convolved(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums = nullptr) {
   return with_constants<Fewest>(x, [&](auto C, auto P) {
-    return filtered<C(), P()>(in_order(x), transformed<C(), P()>(taps_of(weight, false), false).get());
+    return filtered<C(), P()>(in_order(x), transformed<C(), P()>(Taps(weight)).get(), sums);
   });
 }
 
@@ -501,7 +538,7 @@ std::tuple<at::Tensor, at::Tensor> convolved_backward(
   const at::Tensor grad = in_order(grad_);
   at::Tensor dx = at::empty({0}, x.options()), dweight = at::empty({0}, weight.options());
   with_constants<Fewest>(x, [&](auto C, auto P) {
-    if (x_grad) dx = filtered<C(), P()>(grad, transformed<C(), P()>(taps_of(weight, true), true).get());
+    if (x_grad) dx = filtered<C(), P()>(grad, transformed<C(), P()>(Taps(weight, true)).get());
     if (weight_grad) dweight = filter_gradient<C(), P()>(grad, in_order(x), weight);
   });
   return {dx, dweight};

@@ -13,6 +13,8 @@
 
 namespace spss {
 
+class ChannelSums;
+
 at::Tensor warp(
     const at::Tensor& image, const at::Tensor& displacement, std::string_view mode, std::string_view padding);
 std::tuple<at::Tensor, at::Tensor> warp_backward(
@@ -68,14 +70,18 @@ at::Tensor convolve_upsampled(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> convolve_upsampled_backward(
     const at::Tensor& grad, const at::Tensor& y, const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight,
     double slope, bool skip_grad);
-// The same of checked arguments, x bfloat16, on a CPU with AVX512-BF16.
-at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight);
+// Either of them, the mean and the biased variance of its channels.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_moments(
+    const at::Tensor& x, const at::Tensor& weight, bool transposed);
+// The same of checked arguments, x bfloat16, on a CPU with AVX512-BF16; `sums` may be null.
+at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums);
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
-at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight);  // of sixteen channels or more
+// of sixteen channels or more
+at::Tensor convolve_bf16_wide(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums);
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
-at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight);
+at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums);
 at::Tensor convolve_upsampled_bf16(
     const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope);
 

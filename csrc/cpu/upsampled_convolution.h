@@ -26,15 +26,15 @@ struct Upsampled {
 };
 
 // Which taps of an axis read the first and the second of the pixels that an output in an even or odd place reads.
-struct Taps {
+struct Range {
   int64_t begin, end;
 };
 
-constexpr Taps taps_reading(int64_t odd, int64_t second) { return second ? Taps{1 + odd, 3} : Taps{0, 1 + odd}; }
+constexpr Range taps_reading(int64_t odd, int64_t second) { return second ? Range{1 + odd, 3} : Range{0, 1 + odd}; }
 
 // Sums of the taps, (3, 3, channels, O), in these rows and columns, of `count` channels; returns where they end.
 SPSS_HOT Factor* summed(
-    const float* taps, Taps rows, Taps columns, int64_t channels, int64_t count, int64_t outputs, Factor* to) {
+    const float* taps, Range rows, Range columns, int64_t channels, int64_t count, int64_t outputs, Factor* to) {
   for (int64_t c = 0; c < count; c += kGroup)
     for (int64_t o = 0; o < outputs; o += kLanes, to += kLanes * kGroup) {
       Vector group[kGroup] = {};
@@ -124,7 +124,7 @@ void upsampled_band(const Element* x, const Element* skip, int64_t rows, const U
     for (int64_t o = 0; o < outputs; o += L * kLanes)
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t i = row + odd / 2, large = 2 * row + odd / 2, j = odd % 2;
-        each_tile(w, size, [&](int64_t v) {
+        each_tile(w, size, [&](int64_t v, int64_t) {
           pixels(x + (i * (w + 2) + j + v) * inputs, skip + (large * (2 * w + 2) + j + 2 * v) * skips, sizes,
                  filters + o * kGroup, bias + o, slope, y + (large * 2 * w + j + 2 * v) * outputs + o);
         });

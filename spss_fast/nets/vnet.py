@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from spss_fast.ops.convolution import (
     convolve,
+    convolve_moments,
     convolve_transposed,
     halve,
     is_faster,
@@ -33,6 +34,12 @@ def _layer(
     if torch.compiler.is_exporting():  # plain operators: an exported network runs where this package is not
         y = F.relu(norm(convolution(x)))
         return y if skip is None else y + skip
+    if x.shape[1] == 1 and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # the image, as autocast would
+    if norm.training and not norm.track_running_stats and not torch.is_grad_enabled():  # the teacher
+        if (convolved := _with_moments(convolution, x)) is not None:
+            y, *moments = convolved
+            return batch_norm_relu(y, norm.weight, norm.bias, *moments, False, eps=norm.eps, skip=skip)
     momentum, running = norm.momentum, (norm.running_mean, norm.running_var)
     if norm.training and not norm.track_running_stats:
         running = None, None
@@ -58,8 +65,6 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
         if is_faster_transposed(x, convolution.weight):
             return convolve_transposed(x, convolution.weight)
         return F.conv_transpose3d(x, convolution.weight, stride=convolution.stride)
-    if x.shape[1] == 1 and x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # the image, as autocast would
     if is_faster(x, convolution.weight):
         return convolve(x, convolution.weight)
     if convolution.stride == (2, 2, 2) and is_faster_halving(x, convolution.weight):
@@ -69,6 +74,15 @@ def _convolve(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return convolution._conv_forward(x.float(), convolution.weight, None).to(amp)
     return convolution._conv_forward(x, convolution.weight, None)
+
+
+def _with_moments(convolution: nn.Conv3d | nn.ConvTranspose3d, x: Tensor) -> tuple[Tensor, ...] | None:
+    """As :func:`_convolve`, and the mean and variance of each channel, where an operator takes them as it convolves."""
+    transposed = isinstance(convolution, nn.ConvTranspose3d)
+    faster = is_faster_transposed if transposed else is_faster
+    if x.dtype == torch.bfloat16 and faster(x, convolution.weight):
+        return convolve_moments(x, convolution.weight, transposed)
+    return None
 
 
 class _NarrowConvolution(nn.Conv3d):

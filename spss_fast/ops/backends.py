@@ -52,8 +52,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "norm": ("batch_norm_relu", "batch_norm_relu_backward"),
     "activation": ("bias_leaky_relu", "bias_leaky_relu_backward"),
     "convolution": (
-        "convolve", "convolve_backward", "convolve_transposed", "convolve_upsampled", "convolve_upsampled_backward",
-        "flow_head", "flow_head_backward",
+        "convolve", "convolve_backward", "convolve_transposed", "convolve_moments", "convolve_upsampled",
+        "convolve_upsampled_backward", "flow_head", "flow_head_backward",
     ),
 }
 

@@ -50,6 +50,14 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: a shape or device does not fit.
     """
+    _check(x, weight)
+    if use_reference(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return reference(x, weight)
+    return torch.ops.spss_fast.convolve(x, weight)
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
     checks.is_tensor("x", x, *DTYPES)
     checks.is_tensor("weight", weight, torch.float32)
     if x.ndim not in (4, 5) or x.shape[1] not in (CHANNELS[1:] if x.ndim == 4 else (1, *CHANNELS)):
@@ -61,10 +69,6 @@ def convolve(x: Tensor, weight: Tensor) -> Tensor:
     if outputs == 0 or outputs % 8:
         raise ValueError(f"weight must be (O, 1, 3, 3, 3) with O a multiple of 8, not of shape {tuple(weight.shape)}")
     checks.has_shape("weight", weight, (outputs, x.shape[1], *[3] * (x.ndim - 2)), "x", x)
-    if use_reference(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return reference(x, weight)
-    return torch.ops.spss_fast.convolve(x, weight)
 
 
 def use_reference(x: Tensor) -> bool:
@@ -93,6 +97,14 @@ def convolve_transposed(x: Tensor, weight: Tensor) -> Tensor:
         TypeError: an argument is no tensor, or of another dtype.
         ValueError: a shape or device does not fit.
     """
+    _check_transposed(x, weight)
+    if use_reference(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return reference_transposed(x, weight)
+    return torch.ops.spss_fast.convolve_transposed(x, weight)
+
+
+def _check_transposed(x: Tensor, weight: Tensor) -> None:
     checks.is_tensor("x", x, *DTYPES)
     checks.is_tensor("weight", weight, torch.float32)
     if x.ndim != 5 or 0 in x.shape[1:] or x.shape[1] % 2:
@@ -101,10 +113,24 @@ def convolve_transposed(x: Tensor, weight: Tensor) -> Tensor:
     if outputs == 0 or outputs % 8:
         raise ValueError(f"weight must be (I, O, 2, 2, 2) with O a multiple of 8, not of shape {tuple(weight.shape)}")
     checks.has_shape("weight", weight, (x.shape[1], outputs, 2, 2, 2), "x", x)
-    if use_reference(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return reference_transposed(x, weight)
-    return torch.ops.spss_fast.convolve_transposed(x, weight)
+
+
+def convolve_moments(x: Tensor, weight: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`convolve`, or :func:`convolve_transposed`, and the mean and biased variance of each of its channels, (O,)
+    float32: batch norm by them reads the maps once less. x must be bfloat16; not differentiable.
+
+    The moments are those of the sums that are rounded to the maps, taken as they are written.
+
+    Raises:
+        TypeError, ValueError: as theirs.
+    """
+    checks.is_tensor("x", x, torch.bfloat16)
+    (_check_transposed if transposed else _check)(x, weight)
+    if not use_reference(x):
+        return torch.ops.spss_fast.convolve_moments(x, weight, transposed)
+    y = (convolve_transposed if transposed else convolve)(x, weight)
+    variance, mean = torch.var_mean(y.float(), [0, *range(2, y.ndim)], correction=0)
+    return y, mean, variance
 
 
 class _Halving(torch.autograd.Function):
@@ -212,6 +238,12 @@ def _fake_transposed(x, weight):
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last_3d)
 
 
+@torch.library.register_fake("spss_fast::convolve_moments")
+def _fake_moments(x, weight, transposed):
+    y = (_fake_transposed if transposed else _fake)(x, weight)
+    return y, *(weight.new_empty(y.shape[1]) for _ in range(2))
+
+
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
@@ -220,6 +252,10 @@ def _gradient(ctx, grad: Tensor):
     needed = ctx.needs_input_grad
     gradients = torch.ops.spss_fast.convolve_backward(grad, *ctx.saved_tensors, *needed)
     return tuple(gradient if need else None for gradient, need in zip(gradients, needed))
+
+
+def _no_gradient(ctx, *grads):
+    raise NotImplementedError("convolve_moments is not differentiable; convolve and convolve_transposed are")
 
 
 def _gradient_transposed(ctx, grad: Tensor):
@@ -246,3 +282,4 @@ def _once(ctx, *grads):
 torch.library.register_autograd("spss_fast::convolve", _gradient, setup_context=_save)
 torch.library.register_autograd("spss_fast::convolve_backward", _once)
 torch.library.register_autograd("spss_fast::convolve_transposed", _gradient_transposed, setup_context=_save)
+torch.library.register_autograd("spss_fast::convolve_moments", _no_gradient)
