@@ -1,8 +1,8 @@
 """The networks' convolutions against torch's own, which are oneDNN's: a GPU has no other here.
 
 The sizes are those of the V-Net's levels at half resolution and width, and of LA's first two, and of the registration
-net's two largest levels and last convolution for both. Of the image's convolution and of those upwards the forward
-pass alone is measured, as torch does the rest.
+net's two largest levels, upwards and at the end of a level, and its last convolution for both. Of the image's
+convolution and of the V-Net's upwards the forward pass alone is measured, as torch does the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from spss_fast.ops import convolve, convolve_transposed, flow_head
+from spss_fast.ops import convolve, convolve_transposed, convolve_upsampled, flow_head
 from spss_fast.ops.convolution import MULTIPLIES_BF16, reference
 
 SIZES = [
@@ -125,3 +125,44 @@ def bench_flow_head(measure, device, shape, name, case, provider):
         assert (actual - expected).norm() < TOLERANCE[name] * expected.norm()
     measure(run, operator="convolution", case=f"flow head, {case}, {name}", size="x".join(map(str, shape)),
             provider=provider, elements=2 * x.numel(), bytes=(3 if CASES[case] else 1) * x.nbytes)
+
+
+def _upsampled_by_torch(x, skip, weight, bias):
+    """As a transposed convolution, whose kernel sums the taps that read the same pixel, and one of the skip connection:
+    the fastest of torch's own."""
+    coarse, beside = weight.split([x.shape[1], skip.shape[1]], 1)
+    flipped = coarse.flip(2, 3).transpose(0, 1)
+    kernel = sum(F.pad(flipped, (w, 1 - w, h, 1 - h)) for h in (0, 1) for w in (0, 1))
+    y = F.conv_transpose2d(x, kernel, stride=2, padding=1) + F.conv2d(skip, beside, bias, padding=1)
+    return F.leaky_relu_(y, 0.2)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", TOLERANCE)
+@pytest.mark.parametrize(
+    "shape, skips, outputs",
+    [((16, 32, 32, 32), 2, 16), ((16, 32, 16, 16), 16, 32), ((32, 32, 56, 56), 2, 16), ((32, 32, 28, 28), 16, 32)],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
+def bench_upsampled(measure, device, shape, skips, outputs, name, case, provider):
+    dtype = _dtype(device, name)
+    torch.manual_seed(0)
+    batch, inputs, h, w = shape
+    large = batch, outputs, 2 * h, 2 * w
+    x, skip, upstream = (_maps(size, dtype) for size in (shape, (batch, skips, 2 * h, 2 * w), large))
+    weight = _maps((outputs, inputs + skips, 3, 3), torch.float32) / (9 * (inputs + skips)) ** 0.5
+    bias = torch.randn(outputs)
+    given = {"spss_fast": (x, skip, weight, bias), "torch": (x, skip, weight.to(dtype), bias.to(dtype))}
+    wanted = [CASES[case], CASES[case] and skips > 2, CASES[case], CASES[case]]  # nobody differentiates the images
+    leaves_of = {by: [t.detach().requires_grad_(w) for t, w in zip(of_one, wanted)] for by, of_one in given.items()}
+
+    def run(by: str = provider):
+        y = (convolve_upsampled if by == "spss_fast" else _upsampled_by_torch)(*leaves_of[by])
+        return torch.autograd.grad(y, [t for t in leaves_of[by] if t.requires_grad], upstream) if CASES[case] else [y]
+
+    for actual, expected in zip(run(), run("torch")):  # where a result's sign is rounded, so is all of its gradient
+        assert (actual - expected).norm() < (6 if CASES[case] else 1) * TOLERANCE[name] * expected.norm()
+    measure(run, operator="convolution", case=f"upsampled, {case}, {name}", size="x".join(map(str, large)),
+            provider=provider, elements=skip[:, 0].numel() * outputs * (inputs + skips),
+            bytes=(3 if CASES[case] else 1) * (x.nbytes + skip.nbytes + upstream.nbytes))

@@ -156,8 +156,8 @@ def preference(provider: str) -> str | None:
 
 
 def count_needed_flops(made: Callable[[], AbstractContextManager[Callable[[], object]]]) -> int:
-    """FLOPs of one call without the zeros that narrow convolutions are filled up with, and as many as a direct
-    convolution takes where minimal filtering takes fewer.
+    """FLOPs of one call without the zeros that narrow convolutions are filled up with, and as many as torch's own
+    convolutions take where ours take fewer.
 
     Of another function than the one that was timed: a CUDA graph that is replayed shows none, and one that was recorded
     after such a call would not be what training records.
@@ -168,10 +168,7 @@ def count_needed_flops(made: Callable[[], AbstractContextManager[Callable[[], ob
 
 def _count_needed(run: Callable[[], object]) -> int:
     direct = nn.Conv3d._conv_forward
-    with (
-        mock.patch.object(vnet._NarrowConvolution, "_conv_forward", direct),
-        mock.patch.object(vnet, "is_faster", lambda x, weight: False),
-    ):
+    with mock.patch.object(vnet._NarrowConvolution, "_conv_forward", direct), backend("reference"):
         return count_flops(run)
 
 

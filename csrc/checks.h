@@ -228,8 +228,8 @@ inline void check_convolve_transposed(const Tensor& x, const Tensor& weight) {
 
 inline void check_convolve_upsampled(const Tensor& x, const Tensor& skip, const Tensor& weight) {
   check_maps_and_weight(x, weight);
-  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 2 == 0 && x.size(2) > 0 && x.size(3) > 0,
-                    "x must be (B, I, H, W) with pixels and an even I, not ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.size(1) > 0 && x.size(1) % 16 == 0 && x.size(2) > 0 && x.size(3) > 0,
+                    "x must be (B, I, H, W) with pixels and an I in multiples of 16, not ", x.sizes());
   TORCH_CHECK_TYPE(skip.scalar_type() == x.scalar_type(), "skip must be of x's dtype");
   TORCH_CHECK_VALUE(skip.device() == x.device(), "skip must be on x's device");
   TORCH_CHECK_VALUE(skip.dim() == 4 && skip.size(0) == x.size(0) && skip.size(1) > 0 && skip.size(1) % 2 == 0 &&

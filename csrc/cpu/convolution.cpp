@@ -3,10 +3,7 @@
 
 #if SPSS_HAS_FMA  // without it oneDNN, which compiles for the machine, is faster
 
-#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/cat.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
 
 #include "checks.h"
@@ -46,6 +43,23 @@ bool is_float32(const at::Tensor& x) {
   return false;
 }
 
+// The gradients of a convolution with 3 taps along each axis by torch's own.
+std::tuple<at::Tensor, at::Tensor> torchs_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad) {
+  const std::vector<int64_t> ones(x.dim() - 2, 1), zeros(x.dim() - 2);
+  const auto [dx, dweight, _] =
+      at::convolution_backward(grad, x, weight.to(x.scalar_type()), std::nullopt, ones, ones, ones, false, zeros, 1,
+                               {x_grad, weight_grad, false});
+  const at::Tensor none = at::empty({0}, x.options());
+  return {x_grad ? in_order(dx) : none, weight_grad ? at::empty_like(weight).copy_(dweight) : none.to(at::kFloat)};
+}
+
+// Whether convolve takes slices by this weight.
+bool is_filtered(const at::Tensor& weight) {
+  const int64_t channels = weight.size(0);
+  return weight.size(1) == channels && channels >= 16 && channels <= 128 && (channels & (channels - 1)) == 0;
+}
+
 }  // namespace
 
 at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight) {
@@ -61,13 +75,7 @@ std::tuple<at::Tensor, at::Tensor> convolve_backward(
   sizes[1] = weight.size(0);
   TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(sizes) && grad.scalar_type() == x.scalar_type(),
                     "grad must be of y's shape and dtype");
-  if (x.size(1) == 1) {  // by torch's own
-    const auto [dx, dweight, _] = at::convolution_backward(
-        grad, x, weight.to(x.scalar_type()), std::nullopt, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, false, {0, 0, 0}, 1,
-        {x_grad, weight_grad, false});
-    const at::Tensor none = at::empty({0}, x.options());
-    return {x_grad ? in_order(dx) : none, weight_grad ? at::empty_like(weight).copy_(dweight) : none.to(at::kFloat)};
-  }
+  if (x.size(1) == 1) return torchs_backward(grad, x, weight, x_grad, weight_grad);
   const auto backward = is_float32(x) ? convolved_backward<8> : convolve_bf16_backward;
   return backward(grad, x, weight, x_grad, weight_grad);
 }
@@ -98,22 +106,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> convolve_upsampled_ba
     const at::Tensor& grad, const at::Tensor& y, const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight,
     double slope, bool skip_grad) {
   check_convolve_upsampled(x, skip, weight);
-  const int64_t outputs = weight.size(0), inputs = x.size(1);
-  const auto [z_grad, dbias] = bias_leaky_relu_backward(grad, y, at::empty({outputs}, weight.options()), slope);
-  // an axis's three taps from the last to the first, and the first to the last: where both fall, they add up
-  const at::Tensor flipped = weight.narrow(1, 0, inputs).flip({2, 3}).transpose(0, 1);
-  const auto pad = [&](int64_t h, int64_t w) { return at::constant_pad_nd(flipped, {w, 1 - w, h, 1 - h}); };
-  const at::Tensor taps = pad(0, 0) + pad(0, 1) + pad(1, 0) + pad(1, 1);  // (I, O, 4, 4)
-  const auto [dx, dtaps, none] = at::convolution_backward(
-      z_grad, x, taps.to(x.scalar_type()), std::nullopt, {2, 2}, {1, 1}, {1, 1}, true, {0, 0}, 1, {true, true, false});
-  const auto [dskip, dfine, no] = at::convolution_backward(
-      z_grad, skip, weight.narrow(1, inputs, skip.size(1)).to(x.scalar_type()), std::nullopt, {1, 1}, {1, 1}, {1, 1},
-      false, {0, 0}, 1, {skip_grad, true, false});
-  const at::Tensor wide = dtaps.to(at::kFloat);
-  const auto cut = [&](int64_t h, int64_t w) { return wide.narrow(2, h, 3).narrow(3, w, 3); };
-  const at::Tensor dcoarse = (cut(0, 0) + cut(0, 1) + cut(1, 0) + cut(1, 1)).flip({2, 3}).transpose(0, 1);
-  return {in_order(dx), skip_grad ? in_order(dskip) : at::empty({0}, skip.options()),
-          at::empty_like(weight).copy_(at::cat({dcoarse, dfine.to(at::kFloat)}, 1)), dbias};
+  const int64_t inputs = x.size(1), skips = skip.size(1);
+  const auto [z_grad, dbias] = bias_leaky_relu_backward(grad, y, at::empty({weight.size(0)}, weight.options()), slope);
+  const at::Tensor dweight = at::empty_like(weight, weight.suggest_memory_format());
+  const auto backward = is_float32(x) ? upsampled_backward : upsampled_backward_bf16;
+  const at::Tensor dx = backward(z_grad, x, weight.narrow(1, 0, inputs), dweight.narrow(1, 0, inputs));
+  const at::Tensor beside = weight.narrow(1, inputs, skips);
+  const auto [dskip, dbeside] = is_filtered(beside) ? convolve_backward(z_grad, skip, beside, skip_grad, true)
+                                                    : torchs_backward(z_grad, skip, beside, skip_grad, true);
+  dweight.narrow(1, inputs, skips).copy_(dbeside);
+  return {dx, dskip, dweight, dbias};
 }
 
 }  // namespace spss

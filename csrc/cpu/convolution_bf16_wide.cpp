@@ -34,6 +34,11 @@ at::Tensor convolve_upsampled_bf16(
   return convolved_upsampled(x, skip, weight, bias, slope);
 }
 
+at::Tensor upsampled_backward_bf16(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dweight) {
+  return upsampled_backward(grad, x, weight, dweight);
+}
+
 }  // namespace spss
 
 #endif

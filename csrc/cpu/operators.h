@@ -84,6 +84,8 @@ std::tuple<at::Tensor, at::Tensor> convolve_bf16_wide_backward(
 at::Tensor convolve_transposed_bf16(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums);
 at::Tensor convolve_upsampled_bf16(
     const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope);
+at::Tensor upsampled_backward_bf16(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dweight);
 
 at::Tensor flow_head(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> flow_head_backward(

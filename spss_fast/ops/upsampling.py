@@ -2,9 +2,10 @@
 
     y = leaky_relu(conv2d([upsampled(x), skip], weight) + bias)
 
-Source: Balakrishnan et al., "VoxelMorph", IEEE TMI 2019. Upsampled by nearest neighbours, the nine taps of an output read
-four pixels of x; which taps fall together depends on whether its row and its column are even. So four small filters, of
-sums of taps, take the place of one, and neither the upsampled map nor the concatenation is made.
+Source: Balakrishnan et al., "VoxelMorph", IEEE TMI 2019. Upsampled by nearest neighbours, the taps of an output meet
+two pixels of x along each axis; by x and its differences between neighbours, nine products a pair of channels make the
+four outputs of a pixel, not 36, and neither the upsampled map nor the concatenation is made. In float32 that is as
+exact; in bfloat16 the differences are rounded.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, sl
     """``leaky_relu(F.conv2d(cat([upsampled x, skip]), weight, bias, padding=1), slope)``, differentiable in all four.
 
     Args:
-        x: (B, I, H, W) float32 or bfloat16, I even, upsampled by nearest neighbours; read in place if channels last.
+        x: (B, I, H, W) float32 or bfloat16, I a multiple of 16, upsampled by nearest neighbours; read in place if
+            channels last.
         skip: (B, S, 2 H, 2 W) of x's dtype, S even; likewise.
         weight: (O, I + S, 3, 3) float32, O a multiple of 16.
         bias: (O,) float32.
@@ -35,8 +37,8 @@ def convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, sl
 
     Returns:
         (B, O, 2 H, 2 W) of x's dtype, by the C++ operator channels last, whatever autocast says; its sums are float32.
-        Deterministic; the gradients are torch's, once differentiable. bfloat16 maps go through the C++ operator on CPUs
-        with AVX512-BF16.
+        Deterministic for a number of threads, and once differentiable. bfloat16 maps go through the C++ operator on
+        CPUs with AVX512-BF16.
 
     Raises:
         TypeError: an argument is no tensor or number, or of another dtype.
@@ -47,9 +49,10 @@ def convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, sl
     checks.is_tensor("weight", weight, torch.float32)
     checks.is_tensor("bias", bias, torch.float32)
     check_slope(slope)
-    for name, maps in (("x", x), ("skip", skip)):
-        if maps.ndim != 4 or 0 in maps.shape[1:] or maps.shape[1] % 2:
-            raise ValueError(f"{name} must be (B, C, H, W) with pixels and an even C, not of shape {tuple(maps.shape)}")
+    for name, maps, multiple in (("x", x, 16), ("skip", skip, 2)):
+        if maps.ndim != 4 or 0 in maps.shape[1:] or maps.shape[1] % multiple:
+            raise ValueError(f"{name} must be (B, C, H, W) with pixels, C a multiple of {multiple}, not of shape "
+                             f"{tuple(maps.shape)}")
     checks.has_shape("skip", skip, (x.shape[0], skip.shape[1], 2 * x.shape[2], 2 * x.shape[3]), "x", x)
     outputs = weight.shape[0] if weight.ndim == 4 else 0
     if outputs == 0 or outputs % 16:
@@ -64,11 +67,14 @@ def convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, sl
 
 def is_faster(x: Tensor, skip: Tensor, weight: Tensor) -> bool:
     """Whether :func:`convolve_upsampled` takes such maps and was measured to be faster than torch's own operators: on
-    CPUs with AVX512-BF16 but without AMX; others were not measured."""
+    CPUs with AVX512-BF16 but without AMX, of bfloat16 maps, or float32 ones with 16 outputs; others were not
+    measured."""
     doubled = tuple(skip.shape[2:]) == tuple(2 * side for side in x.shape[2:])
-    even = not (x.shape[1] % 2 or skip.shape[1] % 2 or weight.shape[0] % 16)
-    fits = x.device.type == "cpu" and x.dtype in convolution.DTYPES and doubled and even
-    return fits and convolution.was_measured() and backends.active("convolution", "cpu") == "cpu"
+    both = weight.shape[1] == x.shape[1] + skip.shape[1]  # and no further channels, as GPUs have
+    fits = doubled and both and not (x.shape[1] % 16 or skip.shape[1] % 2 or weight.shape[0] % 16)
+    known = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and weight.shape[0] == 16)
+    measured = x.device.type == "cpu" and known and convolution.was_measured()
+    return fits and measured and backends.active("convolution", "cpu") == "cpu"
 
 
 @torch.library.register_fake("spss_fast::convolve_upsampled")

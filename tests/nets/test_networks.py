@@ -13,6 +13,8 @@ from spss_fast.nets import regnet, vnet
 from spss_fast.nets.regnet import RegistrationNet
 from spss_fast.nets.vnet import VNet, teacher_of, update_teacher
 from spss_fast.ops import backend
+from spss_fast.ops import convolution as convolutions
+from spss_fast.ops.backends import available
 from tests.conftest import SHARED
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -181,6 +183,31 @@ def test_gradients_are_as_near_to_float64s_as_plain_pytorchs(filters, amp, facto
         torch.stack([(g - e).norm() / e.norm() for g, e in zip(result, exact)]).median() for result in (ours, peer)
     )
     assert 0 < ours < factor * peer
+
+
+@pytest.mark.skipif(not convolutions.MULTIPLIES_BF16, reason="this CPU does not multiply bfloat16")
+def test_a_teacher_normalises_by_the_moments_that_its_convolutions_take(monkeypatch):
+    monkeypatch.setattr(convolutions, "HAS_AMX", False)  # as on the CPUs where they are chosen
+    torch.manual_seed(0)
+    student = VNet(filters=8, dropout=0.0).to(memory_format=torch.channels_last_3d)
+    teacher, x, taken = teacher_of(student), torch.randn(2, 1, 32, 48, 32), []
+
+    def of(network, with_moments, amp=torch.bfloat16):
+        monkeypatch.setattr(vnet, "_with_moments", with_moments)
+        with torch.no_grad(), torch.autocast("cpu", amp, enabled=amp is not None):
+            return network(x.contiguous(memory_format=torch.channels_last_3d)).float()
+
+    def counted(*arguments, given=vnet._with_moments):
+        taken.append(given(*arguments))
+        return taken[-1]
+
+    by_moments, plain, exact = of(teacher, counted), of(teacher, lambda *_: None), of(teacher, counted, None)
+    if "cpu" in available("convolution", "cpu"):
+        assert sum(moments is not None for moments in taken) > 12
+    assert (by_moments - exact).norm() < 1.1 * (plain - exact).norm()  # the same rounding, of other digits
+    before = len(taken)
+    of(student, counted)  # whose running statistics somebody reads
+    assert len(taken) == before
 
 
 def test_registration_net_output(vectors):

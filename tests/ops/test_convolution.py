@@ -153,6 +153,58 @@ def test_one_gradient_alone(wanted):
         assert torch.equal(leaf.grad, of_both) if w else leaf.grad is None
 
 
+@COMPILED
+@pytest.mark.parametrize("shape", [(1, 16, 3, 4, 5), (2, 16, 6, 5)])
+def test_takes_weights_of_any_layout(shape):
+    """Kernels read the taps where they lie, and write the gradient's."""
+    torch.manual_seed(0)
+    x, weight, upstream = maps(*shape), torch.randn(16, 16, *[3] * (len(shape) - 2)), maps(*shape)
+    expected = gradients(convolve, x, weight, upstream)
+    swapped = (weight.transpose(*axes).contiguous().transpose(*axes) for axes in ((-1, -2), (0, 1)))
+    for other in (*swapped, weight.movedim(1, -1).contiguous().movedim(-1, 1), torch.stack([weight, weight], 1)[:, 0]):
+        for actual, same in zip(gradients(convolve, x, other, upstream), expected):
+            assert torch.equal(actual, same)
+
+
+@BF16
+@pytest.mark.parametrize("shape, transposed", [
+    ((4, 8, 9, 24, 70), False), ((2, 16, 9, 8, 21), False), ((2, 1, 15, 16, 27), False), ((2, 16, 9, 5, 31), True),
+])
+def test_moments_are_those_of_the_maps_but_for_what_is_rounded(shape, transposed):
+    """Far from zero, too: there rounding the maps moves the variance by more than sums about zero do."""
+    torch.manual_seed(0)
+    x = (torch.randn(shape) + 10).bfloat16()
+    inputs, outputs = shape[1], 8 if transposed or shape[1] == 1 else shape[1]
+    weight = torch.rand(*((inputs, outputs, 2, 2, 2) if transposed else (outputs, inputs, 3, 3, 3)))
+    plain = (convolve_transposed if transposed else convolve)(x, weight)
+    of_variance, of_mean = torch.var_mean(plain.double(), (0, 2, 3, 4), correction=0)
+    assert (of_mean.abs() / of_variance.sqrt()).max() > 4
+    for y, mean, variance in by_threads(lambda: convolution.convolve_moments(x, weight, transposed)):
+        assert torch.equal(y, plain)
+        assert ((mean - of_mean).abs() < 1e-3 * of_variance.sqrt()).all()
+        torch.testing.assert_close(variance.double(), of_variance, rtol=2e-3, atol=0)
+
+
+@BF16
+@pytest.mark.parametrize("shape", [(2, 8, 3, 4, 5), (2, 1, 3, 4, 5), (1, 16, 5, 6)])
+def test_moments_are_declared_as_they_come(shape):
+    weight = torch.randn(8 if shape[1] == 1 else shape[1], shape[1], *[3] * (len(shape) - 2))
+    x = maps(*shape).bfloat16()
+    for arguments in (x, weight, False), *([(x, torch.randn(8, 8, 2, 2, 2), True)] if shape[1] == 8 else []):
+        torch.library.opcheck(
+            torch.ops.spss_fast.convolve_moments.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_moments_have_no_gradient():
+    x, weight = maps(1, 8, 4, 4, 4).bfloat16(), torch.randn(8, 8, 3, 3, 3, requires_grad=True)
+    with pytest.raises(TypeError, match="x must be bfloat16"):
+        convolution.convolve_moments(x.float(), weight)
+    if "cpu" in available("convolution", "cpu") and convolution.MULTIPLIES_BF16:
+        with pytest.raises(NotImplementedError, match="not differentiable"):
+            convolution.convolve_moments(x, weight)[0].sum().backward()
+
+
 def test_refuses_what_it_does_not_compute():
     x, weight = torch.zeros(1, 8, 4, 4, 4), torch.zeros(8, 8, 3, 3, 3)
     for arguments, error, message in (
@@ -259,6 +311,7 @@ def test_the_registration_net_takes_it(machine, monkeypatch, dtype):
     network = RegistrationNet().to(memory_format=torch.channels_last)
     network.flow.weight.data.normal_(0, 0.1)
     pair, taken = [torch.randn(16, 1, 64, 64) for _ in range(2)], []
+    monkeypatch.setattr(regnet, "is_faster_upsampled", lambda *maps: False)
     monkeypatch.setattr(regnet, "convolve", lambda x, weight: taken.append(x.shape[1:3]) or convolve(x, weight))
 
     def step(dtype):

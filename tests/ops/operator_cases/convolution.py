@@ -1,7 +1,7 @@
 import torch
 
 from operator_cases.case import Case
-from spss_fast.ops import convolution, convolve, convolve_transposed, flow_head
+from spss_fast.ops import convolution, convolve, convolve_transposed, convolve_upsampled, flow_head
 
 # every number of channels that are filtered, and a single one; odd sides, sides of one voxel, lines of several parts,
 # parts of a block, an empty batch; volumes, and slices
@@ -44,6 +44,27 @@ def _raw_transposed(x, weight):
     return [(torch.ops.spss_fast.convolve_transposed.default, (x, weight))]
 
 
+# of one pixel and of several tiles and bands; an empty batch
+UPSAMPLED_SHAPES = ((2, 16, 3, 6), (1, 32, 9, 5), (1, 16, 1, 1), (0, 16, 2, 2))
+
+
+def _make_upsampled(shape, dtype, generator):
+    batch, inputs, h, w = shape
+    sizes = shape, (batch, 2, 2 * h, 2 * w), (16, inputs + 2, 3, 3), (16,)
+    x, skip, weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes)
+    return x.to(dtype), skip.to(dtype), (weight / 18).float(), bias.float()
+
+
+def _raw_upsampled(x, skip, weight, bias):
+    y = torch.ops.spss_fast.convolve_upsampled(*(t.detach() for t in (x, skip, weight, bias)), 0.2)
+    given = torch.ones_like(y), y, x.detach(), skip.detach(), weight.detach(), 0.2
+    backward = torch.ops.spss_fast.convolve_upsampled_backward.default
+    return [
+        (torch.ops.spss_fast.convolve_upsampled.default, (x, skip, weight, bias, 0.2)),
+        (backward, (*given, True)), (backward, (*given, False)),
+    ]
+
+
 # sides of one pixel, of no whole tile, of several bands of rows; an empty batch
 FLOW_SHAPES = ((2, 16, 9, 6), (1, 16, 17, 20), (3, 16, 1, 1), (1, 16, 2, 33), (0, 16, 3, 4))
 
@@ -66,5 +87,7 @@ CASES = [
     Case("convolution", "convolve", convolve, _make, SHAPES, dtypes=(torch.float32,), raw=_raw),
     Case("convolution", "convolve_transposed", convolve_transposed, _make_transposed, TRANSPOSED_SHAPES,
          dtypes=(torch.float32,), raw=_raw_transposed),
+    Case("convolution", "convolve_upsampled", convolve_upsampled, _make_upsampled, UPSAMPLED_SHAPES,
+         dtypes=(torch.float32,), raw=_raw_upsampled),
     Case("convolution", "flow_head", flow_head, _make_flow, FLOW_SHAPES, dtypes=convolution.DTYPES, raw=_raw_flow),
 ]
