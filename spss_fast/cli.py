@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             stray = f"{flag} belongs to no flag: lists are written with commas, like 1,2"
             message = f"unknown flag {flag}: {hint}" if flag.startswith("-") else stray
         elif choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            close = difflib.get_close_matches(choice[1], re.findall(r"[\w-]+", choice[2]), 1)
+            close = difflib.get_close_matches(choice[1].lower(), re.findall(r"[\w-]+", choice[2]), 1)
             message += f": did you mean {close[0]}?" if close else ""
         self.exit(2, f"{self.prog}: error: {message}\n")
 

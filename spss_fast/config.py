@@ -98,7 +98,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot read the settings file {path}: {error.strerror}") from error
+        mend = " (prepare writes one for a folder of scans)" if isinstance(error, FileNotFoundError) else ""
+        raise UserError(f"cannot read the settings file {path}: {error.strerror}{mend}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"the settings file {path} is not valid TOML: {error}") from error
     flat: dict[str, Any] = {}

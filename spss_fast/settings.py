@@ -231,7 +231,10 @@ def _number(kind: type, value: Any) -> int | float:
         raise ValueError("needs a number")
     if kind is int and isinstance(value, float) and value % 1 != 0:  # NaN and infinity too
         raise ValueError("needs a whole number")
-    return kind(value)
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is no {'whole ' if kind is int else ''}number") from None
 
 
 def check(config: Config) -> None:

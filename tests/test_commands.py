@@ -66,6 +66,7 @@ def test_version(tmp_path):
 
 @pytest.mark.parametrize("arguments, meant", [
     (["tran"], "train"), (["evalute"], "evaluate"), (["train", "--dataset", "kit"], "kits"),
+    (["train", "--dataset", "LA"], "la"),
 ])
 def test_the_nearest_choice_is_suggested(arguments, meant, capsys):
     with pytest.raises(SystemExit):

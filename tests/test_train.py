@@ -432,10 +432,13 @@ def test_an_old_run_is_not_overwritten(settings, tmp_path):
     (["--dataset", "la"], "--data-dir"),
     (["--dataset", "la", "--data-dir", "nowhere"], "nowhere does not exist: LA comes from"),
     (["--dataset", "phantom", "--iterations", "many"], "setting iterations = 'many'"),
+    (["--dataset", "phantom", "--classes", "1,a"], "): 'a' is no whole number"),
+    (["--dataset", "phantom", "--noise", "lots"], "): 'lots' is no number"),
     (["--dataset", "phantom", "--patch", "40,40,16"], "multiples of 16"),
     (["--dataset", "phantom", "--similarity", "ssd"], "choose one of mse, ncc"),
     (["--dataset", "phantom", "--device", "cuda:99"], "device cuda:99 cannot be used"),
-    (["--dataset", "phantom", "--settings", "none.toml"], "cannot read the settings file none.toml"),
+    (["--dataset", "phantom", "--settings", "none.toml"],
+     "cannot read the settings file none.toml: No such file or directory (prepare writes one for a folder of scans)"),
     (["--out", "empty", "--resume"], "/empty: give the folder of a training, its --out"),
 ])
 def test_bad_command_lines_end_in_one_line_and_write_nothing(arguments, said, tmp_path, monkeypatch, capsys):

@@ -56,6 +56,8 @@ def read_annotations(settings: DataSettings) -> dict[str, Annotation]:
     if not settings.annotations:
         return {}
     path = Path(settings.annotations).expanduser()
+    if not path.exists():
+        raise UserError(f"the annotations {path} do not exist: give a CSV of case,slice or a folder of annotations")
     if not path.is_dir():
         given = read_slices(path)
         if not given:
