@@ -193,13 +193,18 @@ inline void check_maps_and_weight(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(weight.device() == x.device(), "weight must be on x's device");
 }
 
+// Numbers of channels that minimal filtering takes, of slices from 16 on.
+inline bool are_filtered(int64_t channels) {
+  return channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0;
+}
+
 inline void check_convolve(const Tensor& x, const Tensor& weight) {
   check_maps_and_weight(x, weight);
   TORCH_CHECK_VALUE(x.dim() == 5 || (x.dim() == 4 && x.size(1) >= 16),
                     "x must be (B, C, H, W, D), or (B, C, H, W) with 16 channels or more, not ", x.sizes());
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(
-      channels == 1 || (channels >= 8 && channels <= 128 && (channels & (channels - 1)) == 0),
+      channels == 1 || are_filtered(channels),
       "x must have 1, 8, 16, 32, 64 or 128 channels, not ", channels);
   for (int64_t axis = 2; axis < x.dim(); ++axis)
     TORCH_CHECK_VALUE(x.size(axis) > 0, "x must have voxels, not be ", x.sizes());
@@ -248,6 +253,17 @@ inline void check_convolve_upsampled(
   TORCH_CHECK_TYPE(bias.scalar_type() == at::kFloat, "bias must be float32, not ", bias.scalar_type());
   TORCH_CHECK_VALUE(bias.device() == x.device(), "bias must be on x's device");
   check_bias_leaky_relu("weight", weight.transpose(0, 1), bias, slope);
+}
+
+inline void check_convolve_upsampled_backward(
+    const Tensor& grad, const Tensor& y, const Tensor& x, const Tensor& skip, const Tensor& weight) {
+  check_convolve_upsampled(x, skip, weight);
+  const std::array<int64_t, 4> shape{x.size(0), weight.size(0), skip.size(2), skip.size(3)};
+  const at::IntArrayRef wanted = shape;
+  TORCH_CHECK_VALUE(y.sizes() == wanted, "y must be ", wanted, " for this x and weight, not ", y.sizes());
+  TORCH_CHECK_TYPE(y.scalar_type() == x.scalar_type(), "y must be of x's dtype");
+  TORCH_CHECK_VALUE(y.device() == x.device(), "y must be on x's device");
+  check_like("grad", grad, "y", y);
 }
 
 inline void check_flow_head_weight(const Tensor& x, const Tensor& weight) {

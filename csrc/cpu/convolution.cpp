@@ -51,13 +51,7 @@ std::tuple<at::Tensor, at::Tensor> torchs_backward(
       at::convolution_backward(grad, x, weight.to(x.scalar_type()), std::nullopt, ones, ones, ones, false, zeros, 1,
                                {x_grad, weight_grad, false});
   const at::Tensor none = at::empty({0}, x.options());
-  return {x_grad ? in_order(dx) : none, weight_grad ? at::empty_like(weight).copy_(dweight) : none.to(at::kFloat)};
-}
-
-// Whether convolve takes slices by this weight.
-bool is_filtered(const at::Tensor& weight) {
-  const int64_t channels = weight.size(0);
-  return weight.size(1) == channels && channels >= 16 && channels <= 128 && (channels & (channels - 1)) == 0;
+  return {x_grad ? in_order(dx) : none, weight_grad ? empty_weight(weight).copy_(dweight) : none.to(at::kFloat)};
 }
 
 }  // namespace
@@ -92,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_moments(
   const int64_t outputs = weight.size(transposed ? 1 : 0);
   ChannelSums sums(outputs);
   const at::Tensor y = (transposed ? convolve_transposed_bf16 : convolve_bf16)(x, weight, &sums);
-  const auto [mean, variance] = sums.moments(std::max<int64_t>(1, y.numel() / outputs));
+  const auto [mean, variance] = sums.moments(y.numel() / outputs);
   return {y, mean, variance};
 }
 
@@ -105,15 +99,16 @@ at::Tensor convolve_upsampled(
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> convolve_upsampled_backward(
     const at::Tensor& grad, const at::Tensor& y, const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight,
     double slope, bool skip_grad) {
-  check_convolve_upsampled(x, skip, weight);
+  check_convolve_upsampled_backward(grad, y, x, skip, weight);
   const int64_t inputs = x.size(1), skips = skip.size(1);
   const auto [z_grad, dbias] = bias_leaky_relu_backward(grad, y, at::empty({weight.size(0)}, weight.options()), slope);
-  const at::Tensor dweight = at::empty_like(weight, weight.suggest_memory_format());
+  const at::Tensor dweight = empty_weight(weight);
   const auto backward = is_float32(x) ? upsampled_backward : upsampled_backward_bf16;
   const at::Tensor dx = backward(z_grad, x, weight.narrow(1, 0, inputs), dweight.narrow(1, 0, inputs));
   const at::Tensor beside = weight.narrow(1, inputs, skips);
-  const auto [dskip, dbeside] = is_filtered(beside) ? convolve_backward(z_grad, skip, beside, skip_grad, true)
-                                                    : torchs_backward(z_grad, skip, beside, skip_grad, true);
+  const bool filtered = skips == weight.size(0) && are_filtered(skips);  // outputs come in multiples of 16
+  const auto [dskip, dbeside] =
+      (filtered ? convolve_backward : torchs_backward)(z_grad, skip, beside, skip_grad, true);
   dweight.narrow(1, inputs, skips).copy_(dbeside);
   return {dx, dskip, dweight, dbias};
 }

@@ -133,7 +133,7 @@ at::Tensor filtered_by_planes(const at::Tensor& x, const Taps& taps, ChannelSums
   at::parallel_for(0, tiles.count(), 16, [&](int64_t begin, int64_t end) {
     const auto data = std::make_unique_for_overwrite<BFloat16[]>(kPlanePoints * kColumn);
     const auto outside = std::make_unique<BFloat16[]>(tiles.d * kFew);
-    SumsOfThread moments(sums);
+    SumsOfChunk moments(sums, begin);
     for (int64_t i = begin; i < end; ++i) {
       const Part part = tiles[i];
       plane_data_of(from, tiles, part, outside.get(), data.get());

@@ -111,7 +111,7 @@ inline at::Tensor upsampled(const at::Tensor& x_, const at::Tensor& weight, Chan
                                                       : row_product<1>;
   const int64_t grain = std::max<int64_t>(1, kGrain / (4 * d * inputs * columns));
   at::parallel_for(0, x.size(0) * h * w, grain, [&](int64_t begin, int64_t end) {
-    SumsOfThread moments(sums, 2);
+    SumsOfChunk moments(sums, begin, 2);
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t i = 0; i < 4; ++i) {
         const int64_t target = (2 * (row / w) + i / 2) * 2 * w + 2 * (row % w) + i % 2;
@@ -187,7 +187,7 @@ inline at::Tensor convolved_channel(const at::Tensor& x, const at::Tensor& weigh
   const auto convolve = outputs % (2 * kLanes) == 0 ? convolved_row<2> : convolved_row<1>;
   at::parallel_for(0, x.size(0) * h * w, std::max<int64_t>(1, kGrain / (27 * d * outputs)),
                    [&](int64_t begin, int64_t end) {
-    SumsOfThread moments(sums);
+    SumsOfChunk moments(sums, begin);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = (i / w / h * padded.size(2) + i / w % h) * plane + i % w * row;
       convolve(from + first, d, row, plane, filter.get(), outputs, to + i * d * outputs, moments.first());

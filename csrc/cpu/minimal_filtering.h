@@ -122,6 +122,13 @@ at::Tensor empty_maps(const at::Tensor& x, at::IntArrayRef sizes) {
   return with_huge_pages(at::empty(sizes, x.options().memory_format(channels_last(x))));
 }
 
+// Like a weight if that is contiguous or channels last, else contiguous: its taps are one axis then.
+at::Tensor empty_weight(const at::Tensor& weight) {
+  const at::MemoryFormat last = channels_last(weight);
+  return at::empty_like(weight, weight.is_contiguous(last) && !weight.is_contiguous() ? last
+                                                                                     : at::MemoryFormat::Contiguous);
+}
+
 // Aligned to the lines of a cache.
 struct Free {
   void operator()(void* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
@@ -457,7 +464,7 @@ at::Tensor filtered(const at::Tensor& x, const Factor* filter, ChannelSums* chan
   at::parallel_for(0, (count + parts - 1) / parts, 1, [&](int64_t first, int64_t last) {
     Block<C, P> block(tiles);
     const auto sums = buffer<float>(kPoints<P> / 4 * kLeft * kStride<C, P>);
-    SumsOfThread moments(channel_sums);
+    SumsOfChunk moments(channel_sums, first);
     for (int64_t b = first; b < last; ++b) {
       const int64_t begin = b * parts, end = std::min(begin + parts, count);
       const int64_t filled = each_part<C>(tiles, begin, end, [&](const Part& part, int64_t place) {
@@ -473,7 +480,7 @@ at::Tensor filtered(const at::Tensor& x, const Factor* filter, ChannelSums* chan
   return y;
 }
 
-// Of `weight`'s layout. Every thread sums up its own tiles.
+// Every thread sums up its own tiles.
 template <int C, int P>
 at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight) {
   const Tiles tiles(x);
@@ -499,7 +506,7 @@ at::Tensor filter_gradient(const at::Tensor& grad, const at::Tensor& x, const at
       }
     }
   });
-  const at::Tensor total = sums.sum(0), dweight = at::empty_like(weight, weight.suggest_memory_format());
+  const at::Tensor total = sums.sum(0), dweight = empty_weight(weight);
   const float* from = total.const_data_ptr<float>();
   const Taps taps(dweight);
   at::parallel_for(0, C, 8, [&](int64_t begin, int64_t end) {

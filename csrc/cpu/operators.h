@@ -65,14 +65,14 @@ at::Tensor convolve(const at::Tensor& x, const at::Tensor& weight);
 std::tuple<at::Tensor, at::Tensor> convolve_backward(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, bool x_grad, bool weight_grad);
 at::Tensor convolve_transposed(const at::Tensor& x, const at::Tensor& weight);
+// Either of them, the mean and the biased variance of its channels.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_moments(
+    const at::Tensor& x, const at::Tensor& weight, bool transposed);
 at::Tensor convolve_upsampled(
     const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight, const at::Tensor& bias, double slope);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> convolve_upsampled_backward(
     const at::Tensor& grad, const at::Tensor& y, const at::Tensor& x, const at::Tensor& skip, const at::Tensor& weight,
     double slope, bool skip_grad);
-// Either of them, the mean and the biased variance of its channels.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> convolve_moments(
-    const at::Tensor& x, const at::Tensor& weight, bool transposed);
 // The same of checked arguments, x bfloat16, on a CPU with AVX512-BF16; `sums` may be null.
 at::Tensor convolve_bf16(const at::Tensor& x, const at::Tensor& weight, ChannelSums* sums);
 std::tuple<at::Tensor, at::Tensor> convolve_bf16_backward(

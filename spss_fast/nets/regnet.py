@@ -62,11 +62,12 @@ def _flow(convolution: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _up(block: nn.Sequential, x: Tensor, skip: Tensor, summed: Tensor) -> Tensor:
-    """``block`` of ``x`` upsampled to the sides of ``skip`` (nearest) and ``skip`` beside it.
+    """``block`` of ``x`` upsampled to the sides of ``skip`` (nearest) and ``skip`` beside it: ``convolve_upsampled``
+    where that is faster.
 
-    Doubling, then a 3x3 kernel, is one transposed convolution of stride 2: its 4x4 kernel holds the sums of the taps
-    that read the same coarse pixel, 4 to an output in place of 9; ``summed`` says which, see :func:`_summed_taps`. So
-    neither the upsampled map nor the concatenation is ever made.
+    Elsewhere doubling, then a 3x3 kernel, is one transposed convolution of stride 2: its 4x4 kernel holds the sums of
+    the taps that read the same coarse pixel, 4 to an output in place of 9; ``summed`` says which, see
+    :func:`_summed_taps`. So neither the upsampled map nor the concatenation is ever made.
     """
     if skip.shape[2:] != torch.Size(2 * side for side in x.shape[2:]):  # the sides are no multiples of 16
         return _layer(block, torch.cat([F.interpolate(x, size=skip.shape[2:]), skip.to(x.dtype)], 1))

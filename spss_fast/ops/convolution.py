@@ -119,7 +119,7 @@ def convolve_moments(x: Tensor, weight: Tensor, transposed: bool = False) -> tup
     """:func:`convolve`, or :func:`convolve_transposed`, and the mean and biased variance of each of its channels, (O,)
     float32: batch norm by them reads the maps once less. x must be bfloat16; not differentiable.
 
-    The moments are those of the sums that are rounded to the maps, taken as they are written.
+    The C++ operator takes them of its float32 sums, as they are rounded to the maps; the reference of the maps.
 
     Raises:
         TypeError, ValueError: as theirs.
@@ -128,8 +128,9 @@ def convolve_moments(x: Tensor, weight: Tensor, transposed: bool = False) -> tup
     (_check_transposed if transposed else _check)(x, weight)
     if not use_reference(x):
         return torch.ops.spss_fast.convolve_moments(x, weight, transposed)
-    y = (convolve_transposed if transposed else convolve)(x, weight)
-    variance, mean = torch.var_mean(y.float(), [0, *range(2, y.ndim)], correction=0)
+    with torch.no_grad():
+        y = (convolve_transposed if transposed else convolve)(x, weight)
+        variance, mean = torch.var_mean(y.float(), [0, *range(2, y.ndim)], correction=0)
     return y, mean, variance
 
 
@@ -229,7 +230,13 @@ def _fake(x, weight):
 @torch.library.register_fake("spss_fast::convolve_backward")
 def _fake_backward(grad, x, weight, x_grad, weight_grad):
     dx = torch.empty_like(x, memory_format=_channels_last(x)) if x_grad else x.new_empty(0)
-    return dx, torch.empty_like(weight) if weight_grad else weight.new_empty(0)
+    return dx, empty_weight(weight) if weight_grad else weight.new_empty(0)
+
+
+def empty_weight(weight: Tensor) -> Tensor:
+    """As kernels lay out the gradient of ``weight``: like it if that is contiguous or channels last, else contiguous."""
+    last = weight.is_contiguous(memory_format=_channels_last(weight)) and not weight.is_contiguous()
+    return torch.empty_like(weight, memory_format=_channels_last(weight) if last else torch.contiguous_format)
 
 
 @torch.library.register_fake("spss_fast::convolve_transposed")

@@ -36,8 +36,9 @@ def convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, sl
         slope: of the line below zero, at least 0.
 
     Returns:
-        (B, O, 2 H, 2 W) of x's dtype, by the C++ operator channels last, whatever autocast says; its sums are float32.
-        Deterministic for a number of threads, and once differentiable. bfloat16 maps go through the C++ operator on
+        (B, O, 2 H, 2 W) of x's dtype, by the C++ operator channels last, whatever autocast says. Its sums are float32;
+        of the weight's gradient the skip connection's share is torch's, in x's dtype, unless S is O and a power of two
+        up to 128. Deterministic for a number of threads, and once differentiable. bfloat16 maps go through the C++ operator on
         CPUs with AVX512-BF16.
 
     Raises:
@@ -67,8 +68,8 @@ def convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, sl
 
 def is_faster(x: Tensor, skip: Tensor, weight: Tensor) -> bool:
     """Whether :func:`convolve_upsampled` takes such maps and was measured to be faster than torch's own operators: on
-    CPUs with AVX512-BF16 but without AMX, of bfloat16 maps, or float32 ones with 16 outputs; others were not
-    measured."""
+    CPUs with AVX512-BF16 but without AMX, of bfloat16 maps, or float32 ones with 16 outputs (with 32 it is as fast);
+    other CPUs were not measured."""
     doubled = tuple(skip.shape[2:]) == tuple(2 * side for side in x.shape[2:])
     both = weight.shape[1] == x.shape[1] + skip.shape[1]  # and no further channels, as GPUs have
     fits = doubled and both and not (x.shape[1] % 16 or skip.shape[1] % 2 or weight.shape[0] % 16)
@@ -86,7 +87,7 @@ def _fake(x, skip, weight, bias, slope):
 def _fake_backward(grad, y, x, skip, weight, slope, skip_grad):
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dskip = torch.empty_like(skip, memory_format=torch.channels_last) if skip_grad else skip.new_empty(0)
-    return dx, dskip, torch.empty_like(weight), weight.new_empty(len(weight))
+    return dx, dskip, convolution.empty_weight(weight), weight.new_empty(len(weight))
 
 
 def _save(ctx, inputs, output) -> None:

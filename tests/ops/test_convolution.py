@@ -164,6 +164,10 @@ def test_takes_weights_of_any_layout(shape):
     for other in (*swapped, weight.movedim(1, -1).contiguous().movedim(-1, 1), torch.stack([weight, weight], 1)[:, 0]):
         for actual, same in zip(gradients(convolve, x, other, upstream), expected):
             assert torch.equal(actual, same)
+        arguments = upstream, x, other, True, True
+        torch.library.opcheck(  # a gradient's strides are declared as they come
+            torch.ops.spss_fast.convolve_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 @BF16

@@ -117,6 +117,7 @@ def test_backward_makes_no_zeros_for_outputs_without_a_gradient(case, device):
 def test_every_raw_operator_is_checked():
     inputs = [(case, case.inputs(case.shapes[0], torch.float32, "cpu")) for case in CASES if case.raw]
     checked = {overload._schema.name for case, tensors in inputs for overload, _ in case.raw(*tensors)}
+    checked.add("spss_fast::convolve_moments")  # of bfloat16 alone, in test_convolution.py
     assert checked == {f"spss_fast::{part}" for parts in PARTS.values() for part in parts}
 
 

@@ -93,11 +93,24 @@ def test_gives_the_same_result_by_any_number_of_threads_and_the_same_bits_by_the
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in results[0][:3])
 
 
-def test_leaves_out_a_gradient_that_nobody_wants():
+@COMPILED
+def test_leaves_out_the_gradient_of_a_skip_connection_that_nobody_wants():
     x, skip, weight, bias = _inputs(1, 16, 2, 16, 3, 4)
-    y = convolve_upsampled(x.requires_grad_(), skip, weight.requires_grad_(), bias.requires_grad_())
-    y.sum().backward()
-    assert skip.grad is None and x.grad is not None
+    y = convolve_upsampled(x, skip, weight, bias)
+    given = torch.randn_like(y), y, x, skip, weight, 0.2
+    with_skip, without = (torch.ops.spss_fast.convolve_upsampled_backward(*given, wanted) for wanted in (True, False))
+    assert with_skip[1].shape == skip.shape and without[1].numel() == 0
+    assert all(torch.equal(with_skip[i], without[i]) for i in (0, 2, 3))
+
+
+@COMPILED
+def test_the_raw_gradient_refuses_a_result_of_other_maps():
+    x, skip, weight, bias = _inputs(2, 16, 2, 16, 3, 4)
+    y = convolve_upsampled(x, skip, weight, bias)
+    backward = torch.ops.spss_fast.convolve_upsampled_backward
+    for wrong in (y[:1], y[..., 1:], y[:, :8], y.double(), y[0]):  # which grad is alike
+        with pytest.raises((ValueError, TypeError), match="y must be"):
+            backward(wrong, wrong, x, skip, weight, 0.2, True)
 
 
 def test_refuses_what_it_does_not_compute():
