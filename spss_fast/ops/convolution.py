@@ -234,7 +234,7 @@ def _fake_backward(grad, x, weight, x_grad, weight_grad):
 
 
 def empty_weight(weight: Tensor) -> Tensor:
-    """As kernels lay out the gradient of ``weight``: like it if that is contiguous or channels last, else contiguous."""
+    """What kernels write the gradient of ``weight`` to: like it if contiguous or channels last, else contiguous."""
     last = weight.is_contiguous(memory_format=_channels_last(weight)) and not weight.is_contiguous()
     return torch.empty_like(weight, memory_format=_channels_last(weight) if last else torch.contiguous_format)
 

@@ -38,8 +38,8 @@ def convolve_upsampled(x: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, sl
     Returns:
         (B, O, 2 H, 2 W) of x's dtype, by the C++ operator channels last, whatever autocast says. Its sums are float32;
         of the weight's gradient the skip connection's share is torch's, in x's dtype, unless S is O and a power of two
-        up to 128. Deterministic for a number of threads, and once differentiable. bfloat16 maps go through the C++ operator on
-        CPUs with AVX512-BF16.
+        up to 128. Deterministic for a number of threads, and once differentiable. bfloat16 maps go through the C++
+        operator on CPUs with AVX512-BF16.
 
     Raises:
         TypeError: an argument is no tensor or number, or of another dtype.
