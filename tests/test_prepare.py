@@ -64,7 +64,7 @@ def test_from_unlabelled_scans_and_an_annotation_folder_to_a_run(tmp_path, capsy
     assert recorded["annotated"] == {"b": 18, "d": 18}
     with pytest.raises(UserError, match=r"scans.toml exists already: prepare by it with --settings"):
         prepare.main(arguments)
-    with pytest.raises(UserError, match=r"MISSPELT: No such file"):
+    with pytest.raises(UserError, match=r"MISSPELT do not exist"):
         prepare.main([*arguments, "--annotations", "MISSPELT"])
     assert prepare.main(["--data-dir", "scans", "--settings", "scans.toml"]) == 0  # as it was edited
 
@@ -241,7 +241,7 @@ def test_a_csv_that_does_not_fit_is_named(tmp_path):
     (tmp_path / "slices.csv").write_text("case,slice\na,8\n")
     with pytest.raises(UserError, match=r"annotates 1 scan, and training needs 2: annotate 1 more"):
         run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "slices.csv"))
-    with pytest.raises(UserError, match=r"TODOO: No such file or directory"):
+    with pytest.raises(UserError, match=r"TODOO do not exist"):
         run(tmp_path, tmp_path / "scans", annotations=str(tmp_path / "TODOO"))
     assert not (tmp_path / "mine.toml").exists()
 

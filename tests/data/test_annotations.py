@@ -151,11 +151,6 @@ def wrong(tmp_path, *words, cases=None):
     return states
 
 
-def test_annotations_that_do_not_exist_are_no_file(tmp_path):
-    with pytest.raises(UserError, match=r"annotations \S*todo do not exist: give a CSV of case,slice or a folder"):
-        read_annotations(settings(tmp_path).data)
-
-
 def test_empty_annotations_are_not_there_yet(scans_without_labels, tmp_path):
     labels = scans_without_labels
     suggest(tmp_path / "todo", b=(2, 8), d=(2, 8))

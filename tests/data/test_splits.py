@@ -322,7 +322,7 @@ def test_bad_csv(ten, tmp_path, text, words):
 
 def test_a_missing_or_binary_csv(tmp_path):
     settings = settings_of("la", tmp_path, annotations=str(tmp_path / "absent.csv")).data
-    with pytest.raises(UserError, match=r"absent.csv: No such file"):
+    with pytest.raises(UserError, match=r"annotations \S*absent.csv do not exist: give a CSV of case,slice"):
         read_annotations(settings)
     (tmp_path / "absent.csv").write_bytes(b"\xff\xfe\x00\x81case")
     with pytest.raises(UserError, match=r"absent.csv is not a CSV file"):
